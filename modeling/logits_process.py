@@ -1,0 +1,229 @@
+"""The valid SIDs as a constraint for `generate()`: the compatible path beside `search`."""
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from .trie import SIDTrie
+
+
+class SIDLogitsProcessor(LogitsProcessor):
+    """
+    Lets `generate()` produce valid SIDs only.
+
+    The processor walks the trie anew for the tokens behind the prompt at every step. It keeps no state, so neither
+    reordered beams nor a second `generate()` can confuse it. Scores of allowed tokens pass unchanged, all others become
+    -inf: nothing is renormalised, so that `sequences_scores` are log-probabilities. On a complete SID the end token
+    costs nothing (0) and is the only one allowed; the same holds for sequences that have ended and for beams that left
+    the trie, which exist where there are more beams than valid SIDs (their `sequences_scores` are below -1e8).
+
+    [`search`] is faster and exact. `generate()` keeps a finished SID only if it ranks among the `num_beams` best of its
+    step, and so loses some short SIDs in catalogs of variable length.
+
+    Args:
+        tokenizer ([`SIDTokenizer`]):
+            The tokenizer the model was trained with.
+        prompt_length (`int`):
+            Number of columns of the `input_ids` given to `generate()`, padding included. SIDs within the prompt are
+            never taken for generated ones. Less by n if the last n tokens of every prompt begin the SID.
+        trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
+            The SIDs that are allowed.
+
+    Raises:
+        `ValueError`: if `prompt_length` is negative, or larger than what `generate()` passes.
+
+    Example:
+
+    ```python
+    >>> processor = SIDLogitsProcessor(tokenizer, prompt_length=inputs["input_ids"].shape[1])
+    >>> config = sid_generation_config(model, tokenizer, num_beams=50, num_return_sequences=10)
+    >>> sequences = model.generate(**inputs, generation_config=config, logits_processor=[processor])
+    >>> sid_rows = processor.sid_rows(sequences)
+    ```
+    """
+
+    def __init__(self, tokenizer, prompt_length: int, trie: SIDTrie | None = None):
+        if isinstance(prompt_length, bool) or not isinstance(prompt_length, int) or prompt_length < 0:
+            raise ValueError(f"`prompt_length` must be an integer of at least 0, got {prompt_length!r}.")
+        self.eos_token_id = tokenizer.eos_token_id
+        self.prompt_length = prompt_length
+        self.trie = SIDTrie.from_tokenizer(tokenizer) if trie is None else trie
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._check_length(input_ids)
+        trie = self._trie_on(input_ids.device)
+        nodes = trie.walk(input_ids[:, self.prompt_length :])
+        tokens, _, is_child = trie.children(nodes)
+        rows, columns = is_child.nonzero(as_tuple=True)
+        allowed = tokens[rows, columns]
+        # Out of place, because sampling stores the tensor it passes in as `output_logits`.
+        processed = torch.full_like(scores, -torch.inf)
+        processed[rows, allowed] = scores[rows, allowed]
+        # Of the nodes, only leaves and -1 (ended, or outside the trie) have no children.
+        processed[:, self.eos_token_id] = torch.where(is_child.any(dim=1), -torch.inf, 0.0).to(scores.dtype)
+        return processed
+
+    def sid_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """
+        Reads the SIDs out of what `generate()` returned.
+
+        Everything from the first end token on is ignored, whatever the padding is: `generate()` fills with the end
+        token when the padding token's id is 0.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(R, length)`): The prompts with what was generated.
+
+        Returns:
+            `torch.LongTensor` of shape `(R,)`: The row of each SID, -1 where there is no valid one.
+        """
+        self._check_length(sequences)
+        generated = sequences[:, self.prompt_length :]
+        has_ended = (generated == self.eos_token_id).cumsum(dim=1) > 0
+        trie = self._trie_on(sequences.device)
+        return trie.sid_rows(trie.walk(generated.masked_fill(has_ended, -1)))
+
+    def _check_length(self, input_ids: torch.Tensor) -> None:
+        if input_ids.shape[1] < self.prompt_length:
+            raise ValueError(
+                f"The sequences have {input_ids.shape[1]} tokens, fewer than `prompt_length` {self.prompt_length}. "
+                f"Build the processor with the length of the padded `input_ids` given to `generate()`."
+            )
+
+    def _trie_on(self, device: torch.device) -> SIDTrie:
+        if self.trie.device != device:
+            self.trie = self.trie.to(device)
+        return self.trie
+
+
+# What `generate()` may be told besides, because it changes neither scores nor their order.
+FREE_OPTIONS = (
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "max_cache_len",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "prefill_chunk_size",
+    "return_dict_in_generate",
+    "use_cache",
+)
+
+# Without a value that does nothing: `generate()` takes a model's over the None that would switch them off.
+IRREMOVABLE_OPTIONS = (
+    "assistant_early_exit",
+    "constraints",
+    "dola_layers",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "prompt_lookup_num_tokens",
+    "stop_strings",
+    "watermarking_config",
+)
+
+
+def sid_generation_config(
+    model, tokenizer, num_beams: int = 50, num_return_sequences: int = 10, **overrides
+) -> GenerationConfig:
+    """
+    Makes the generation config under which `generate()` ranks SIDs by their log-probability.
+
+    `generate()` fills every option that is None from the model's own `generation_config`, so a checkpoint that was
+    published for chat would sample, penalise SIDs of the history, or favour long ones. Here all that could touch scores
+    or ranking is set to a value that does nothing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model; its `generation_config` is read, not changed.
+        tokenizer ([`SIDTokenizer`]):
+            The tokenizer the model was trained with.
+        num_beams (`int`, *optional*, defaults to 50):
+            Number of beams. Use 3 to 5 times `num_return_sequences`; a narrower search loses short SIDs. 1 is greedy.
+        num_return_sequences (`int`, *optional*, defaults to 10):
+            Number of SIDs returned for each prompt.
+        overrides (*optional*):
+            Further options of [`~transformers.GenerationConfig`] which concern outputs and cache, and a larger
+            `max_new_tokens`.
+
+    Returns:
+        [`~transformers.GenerationConfig`]: The config, to be passed along with a [`SIDLogitsProcessor`].
+
+    Raises:
+        `ValueError`: for an override that would change scores or ranking, for more `num_return_sequences` than beams,
+            and if the model's own `generation_config` holds an option that cannot be overruled.
+    """
+    eos_token_id = tokenizer.eos_token_id
+    # A SID and its end token: with less room no SID of full length could finish.
+    min_room = tokenizer.sid_sequences().shape[1] + 1
+    options = {
+        "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
+        "max_new_tokens": min_room,
+        "min_new_tokens": 0,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        # 1.0, the default of `generate()`, divides by the length and so favours long SIDs.
+        "length_penalty": 0.0,
+        # With it the first SIDs to end would win, though longer ones may be more probable.
+        "early_stopping": False,
+        # Its docstring recommends it; for ranking it gives only children probability 1.
+        "renormalize_logits": False,
+        "remove_invalid_values": False,
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "guidance_scale": 1.0,
+        "penalty_alpha": 0.0,
+        "num_beam_groups": 1,
+        "diversity_penalty": 0.0,
+        "use_mtp": False,
+        "low_memory": False,
+        "is_assistant": False,
+        "cache_implementation": "dynamic",
+    }
+    if num_beams == 1:
+        # Greedy decoding knows no length penalty, and transformers warns about one.
+        del options["length_penalty"]
+
+    held = model.generation_config
+    for name in IRREMOVABLE_OPTIONS:
+        if getattr(held, name, None) is not None:
+            raise ValueError(
+                f"The model's `generation_config` sets `{name}`, which `generate()` applies whatever it is passed and "
+                f"which would break the ranking of SIDs. Set `model.generation_config.{name} = None`."
+            )
+    # For these None means "off" but would bring the model's value back; each stand-in acts only where it changes
+    # nothing. They are set only against such a value, for each costs a step of its own.
+    stand_ins = {
+        "bad_words_ids": [[eos_token_id, eos_token_id]],
+        "begin_suppress_tokens": [],
+        "exponential_decay_length_penalty": (2**31, 1.0),
+        "forced_eos_token_id": eos_token_id,
+        "max_time": float("inf"),
+        "sequence_bias": [[[eos_token_id], 0.0]],
+        "suppress_tokens": [],
+    }
+    options |= {name: value for name, value in stand_ins.items() if getattr(held, name, None) is not None}
+
+    for name, value in overrides.items():
+        if name == "max_new_tokens":
+            if not isinstance(value, int) or value < min_room:
+                raise ValueError(
+                    f"`max_new_tokens={value}` leaves no room for the longest SID and its end token: pass at least "
+                    f"{min_room}, or nothing."
+                )
+        elif name not in FREE_OPTIONS and not (name in options and options[name] == value):
+            needed = f" `{name}` has to be {options[name]!r}." if name in options else ""
+            raise ValueError(
+                f"`{name}={value!r}` is refused: it may change the scores or the ranking of SIDs, or hide them.{needed} "
+                f"Drop it, or build a `GenerationConfig` of your own and pass it with the `SIDLogitsProcessor`."
+            )
+    return GenerationConfig(**(options | overrides))

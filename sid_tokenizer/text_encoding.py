@@ -1,0 +1,54 @@
+"""Text as data: encoding in which nothing that a user types becomes a SID or a control token."""
+
+import json
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+
+class TextEncoder:
+    r"""
+    A copy of a tokenizer's backend that knows neither SID nor control tokens, so that no query can inject one.
+
+    Removing the tokens is what it takes: `encode_special_tokens=True` leaves added tokens that are not special, as SIDs
+    are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept.
+
+    Args:
+        backend (`tokenizers.Tokenizer`):
+            The full backend, with SID tokens.
+        blocked_ids (`np.ndarray`): Shape: (n,).
+            Token ids that text must never become: SID tokens and special tokens.
+    """
+
+    def __init__(self, backend, blocked_ids):
+        state = json.loads(backend.to_str())
+        added = state["added_tokens"]
+        state["added_tokens"], state["post_processor"], state["truncation"], state["padding"] = [], None, None, None
+        self.backend = Tokenizer.from_str(json.dumps(state))
+        self.blocked = np.zeros(backend.get_vocab_size(with_added_tokens=True), dtype=bool)
+        self.blocked[blocked_ids] = True
+
+        # Tokens that add_tokens("word") made are text; whatever is special or exempt from normalisation is markup.
+        words = [token for token in added if token["normalized"] and not token["special"]]
+        words = [token for token in words if not self.blocked[token["id"]]]
+        self.backend.add_tokens(
+            [AddedToken(**{key: value for key, value in token.items() if key != "id"}) for token in words]
+        )
+        self.word_ids = {self.backend.token_to_id(token["content"]): token["id"] for token in words}
+
+    def encode_batch(self, texts):
+        """
+        Args:
+            texts (`list[str]`):
+                Any text.
+
+        Returns:
+            `list[list[int]]`: token ids, never a blocked one.
+        """
+        encoded = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        if self.word_ids:
+            encoded = [[self.word_ids.get(token, token) for token in ids] for ids in encoded]
+        # A model can hold control pieces in its own vocabulary (Unigram does) and so spell them from text.
+        return [
+            [token for token in ids if not self.blocked[token]] if self.blocked[ids].any() else ids for ids in encoded
+        ]

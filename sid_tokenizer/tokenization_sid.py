@@ -1,0 +1,515 @@
+"""A fast tokenizer that knows a catalog: products to SID tokens and back, prompts, and one bundle that holds it all."""
+
+import copy
+import os
+
+import numpy as np
+import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from .bundle import check_file, file_entry, read_json, read_tensors, write_json, write_tensors
+from .catalog import ProductCatalog
+from .prompts import PromptTemplate
+from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+from .sid_tokens import TOKEN_FORMAT, layer_tokens
+from .text_encoding import TextEncoder
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "sid_manifest.json"
+CATALOG_FILE = "sid_catalog.safetensors"
+CODEBOOK_FILE = "sid_codebook.safetensors"
+PROMPT_FILE = "sid_prompt.json"
+
+
+class SIDTokenizer(PreTrainedTokenizerFast):
+    r"""
+    A base text tokenizer with SID tokens, a [`ProductCatalog`], the quantizer's codebooks and a [`PromptTemplate`].
+
+    Make one with [`SIDTokenizer.from_base`]; [`~SIDTokenizer.save_pretrained`] and `from_pretrained` keep everything
+    together, beside a model if wanted.
+
+    Attributes:
+        catalog ([`ProductCatalog`]): products and their SIDs.
+        quantizer ([`ResidualQuantizer`] or `None`): the codebooks; `None` for an imported index.
+        prompt_template ([`PromptTemplate`]): how prompts are built.
+        layer_order (`list[int]`): the layers in the order of a SID's tokens.
+
+    Example:
+
+    ```python
+    tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, quantizer)
+    token_ids = tokenizer.encode_products(["B0001", "B0002"])
+    tokenizer.decode_products(token_ids)  # per SID the products that share it, best first
+    tokenizer.encode_prompts([{"history": ["B0001"], "query": "potato chips"}])["input_ids"]
+    ```
+    """
+
+    vocab_files_names = {
+        "tokenizer_file": "tokenizer.json",
+        "manifest_file": MANIFEST_FILE,
+        "catalog_file": CATALOG_FILE,
+        "codebook_file": CODEBOOK_FILE,
+        "prompt_file": PROMPT_FILE,
+    }
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        *args,
+        manifest_file=None,
+        catalog_file=None,
+        codebook_file=None,
+        prompt_file=None,
+        sid_parts=None,
+        **kwargs,
+    ):
+        if sid_parts is None:
+            files = {
+                "tokenizer.json": kwargs.get("tokenizer_file"),
+                CATALOG_FILE: catalog_file,
+                CODEBOOK_FILE: codebook_file,
+                PROMPT_FILE: prompt_file,
+            }
+            sid_parts = _read_parts(manifest_file, files)
+        super().__init__(*args, **kwargs)
+        self.catalog = sid_parts["catalog"]
+        self.quantizer = sid_parts["quantizer"]
+        self.prompt_template = sid_parts["prompt_template"]
+        self.prompt_prefix = sid_parts["prompt_prefix"]
+        self.token_format = sid_parts["token_format"]
+        self.layer_order = sid_parts["layer_order"]
+        self._history = sid_parts["history"]
+        self._index_tokens()
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
+        # transformers would reduce tokenizer.json to vocabulary and merges, because this class has its own __init__, and
+        # so lose normaliser and pre-tokenizer without a word.
+        return kwargs
+
+    @classmethod
+    def from_base(
+        cls,
+        base,
+        catalog,
+        quantizer=None,
+        layer_order=None,
+        token_format=TOKEN_FORMAT,
+        reuse_tokens=False,
+        prompt_template=None,
+    ):
+        """
+        Args:
+            base (`PreTrainedTokenizerFast`):
+                A text tokenizer with an end token. It is copied, not changed.
+            catalog ([`ProductCatalog`]):
+                Products and their SIDs.
+            quantizer ([`ResidualQuantizer`], *optional*):
+                The codebooks, stored with the tokenizer. None for an imported index.
+            layer_order (`list[int]`, *optional*):
+                Order of the layers in a SID's tokens, the quantizer's if not given.
+            token_format (`str`, *optional*, defaults to `"<{letter}_{code}>"`):
+                Spelling of SID tokens.
+            reuse_tokens (`bool`, *optional*, defaults to `False`):
+                Whether to adopt SID tokens that `base` already has; otherwise such a tokenizer is refused.
+            prompt_template ([`PromptTemplate`], *optional*):
+                How prompts are built; the default template if not given.
+
+        Returns:
+            [`SIDTokenizer`]
+
+        Raises:
+            `TypeError`: if `base` is no fast tokenizer.
+            `ValueError`: if `base` has no end token or already holds SID tokens, the quantizer has other codebooks than
+                the catalog, or the order makes one SID the beginning of another.
+        """
+        if not hasattr(base, "backend_tokenizer"):
+            raise TypeError(
+                f"base is a {type(base).__name__}; a fast tokenizer (PreTrainedTokenizerFast) is needed. Load it with "
+                "AutoTokenizer, or convert it first."
+            )
+        if base.eos_token_id is None:
+            raise ValueError(
+                'The base tokenizer has no end token, which ends a SID. Set one, e.g. base.eos_token = "</s>".'
+            )
+        if quantizer is not None and quantizer.codebook_sizes != catalog.codebook_sizes:
+            raise ValueError(
+                f"The quantizer has codebooks {quantizer.codebook_sizes}, the catalog {catalog.codebook_sizes}. Pass the "
+                "quantizer that encoded this catalog."
+            )
+        if quantizer is not None and len(quantizer.codebooks) == 0:
+            raise ValueError("The quantizer is not fitted. Call fit(embeddings) first, or leave it out.")
+        layer_order = _check_layer_order(layer_order, catalog)
+
+        backend = copy.deepcopy(base.backend_tokenizer)
+        tokens = [
+            token
+            for layer in layer_tokens(catalog.codebook_sizes, catalog.suffix_size, token_format)
+            for token in layer
+        ]
+        present = [token for token in tokens if backend.token_to_id(token) is not None]
+        if present and not reuse_tokens:
+            raise ValueError(
+                f"The base tokenizer already holds {len(present)} of the SID tokens, for instance {present[0]!r}. Pass "
+                "reuse_tokens=True to adopt them, or another token_format."
+            )
+        # Not special, so that decode(skip_special_tokens=True) keeps them; not normalized, so that the text's
+        # normaliser cannot change their spelling.
+        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+
+        prefix = base("")["input_ids"]
+        prefix = prefix[: prefix.index(base.eos_token_id)] if base.eos_token_id in prefix else prefix
+        tokenizer = cls(
+            tokenizer_object=backend,
+            sid_parts={
+                "catalog": catalog,
+                "quantizer": quantizer,
+                "prompt_template": prompt_template if prompt_template is not None else PromptTemplate(),
+                "prompt_prefix": base.convert_ids_to_tokens(prefix),
+                "token_format": token_format,
+                "layer_order": layer_order,
+                "history": [{"version": 1, "products": len(catalog), "sids": catalog.num_sids}],
+            },
+            **base.special_tokens_map,
+            extra_special_tokens=list(base.extra_special_tokens),
+            model_max_length=base.model_max_length,
+            chat_template=base.chat_template,
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _index_tokens(self):
+        """Arrays between codes and token ids, for whole batches at once."""
+        layers = layer_tokens(self.catalog.codebook_sizes, self.catalog.suffix_size, self.token_format)
+        self._layer_token_ids = [
+            np.array([self._tokenizer.token_to_id(token) or 0 for token in tokens], dtype=np.int64)
+            for tokens in layers
+        ]
+        all_ids = np.concatenate(self._layer_token_ids)
+        if len(np.unique(all_ids)) != len(all_ids):
+            raise ValueError(
+                "tokenizer.json lacks some of the catalog's SID tokens: the files belong to different saves. Save or "
+                "download the bundle again."
+            )
+        size = max(len(self), int(all_ids.max()) + 1)
+        self._token_layer = np.full(size, -1, dtype=np.int64)
+        self._token_code = np.full(size, -1, dtype=np.int64)
+        for layer, ids in enumerate(self._layer_token_ids):
+            self._token_layer[ids] = layer
+            self._token_code[ids] = np.arange(len(ids))
+        self._text_encoder = None
+
+    @property
+    def max_sid_length(self):
+        """Tokens of the longest SID, without the end token."""
+        return int(self.catalog.lengths().max())
+
+    def sid_vocabulary(self):
+        """
+        Returns:
+            `torch.LongTensor`: ids of all SID and suffix tokens, ascending.
+        """
+        return torch.from_numpy(np.sort(np.concatenate(self._layer_token_ids)))
+
+    def sid_sequences(self, sid_rows=None):
+        """
+        Args:
+            sid_rows (`np.ndarray`, *optional*): Shape: (n,).
+                Rows of the catalog's SIDs; all if not given.
+
+        Returns:
+            `torch.LongTensor`: the token ids of each SID, -1 behind its end. Shape: (n, longest).
+        """
+        codes = self.catalog.sid_codes if sid_rows is None else self.catalog.sid_codes[sid_rows]
+        tokens = np.full(codes.shape, -1, dtype=np.int64)
+        for column, layer in enumerate([*self.layer_order, self.catalog.num_layers]):
+            here = codes[:, layer] >= 0
+            tokens[here, column] = self._layer_token_ids[layer][codes[here, layer]]
+        tokens = np.take_along_axis(tokens, np.argsort(tokens < 0, axis=1, kind="stable"), axis=1)
+        return torch.from_numpy(tokens[:, : self.max_sid_length].copy())
+
+    def sid_strings(self, sid_rows):
+        """
+        Returns:
+            `list[str]`: SIDs as their tokens, for instance `<a_17><b_203><c_5>`.
+        """
+        return ["".join(self.convert_ids_to_tokens(ids)) for ids in _ragged(self.sid_sequences(sid_rows))]
+
+    def encode_products(self, product_ids):
+        """
+        Args:
+            product_ids (`str` or `list[str]`):
+                One product or several.
+
+        Returns:
+            `list[int]` or `list[list[int]]`: the token ids of each SID, of varying length, without an end token.
+
+        Raises:
+            `ValueError`: if a product is not in the catalog.
+        """
+        if isinstance(product_ids, str):
+            return self.encode_products([product_ids])[0]
+        rows = self.catalog.product_rows(list(product_ids))
+        return _ragged(self.sid_sequences(self.catalog.sid_rows(rows)))
+
+    def decode_products(self, token_ids):
+        """
+        Args:
+            token_ids (`list[int]`, `list[list[int]]` or `torch.Tensor`):
+                The tokens of one SID or several; end and padding tokens behind a SID are ignored.
+
+        Returns:
+            `list[str]` or `list[list[str]]`: the products that share each SID, most popular first.
+
+        Raises:
+            `ValueError`: if the tokens are no SID of the catalog.
+        """
+        token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else list(token_ids)
+        if not token_ids or isinstance(token_ids[0], int):
+            return self.decode_products([token_ids])[0]
+        sid_rows = self.find_sids(token_ids)
+        for row, ids in zip(sid_rows, token_ids, strict=True):
+            if row < 0:
+                raise ValueError(
+                    f"{self.convert_ids_to_tokens(ids)} is no SID of the catalog. Generate with SIDLogitsProcessor or "
+                    "search(), which give no others."
+                )
+        return [self.catalog.product_ids(self.catalog.products_of(row)) for row in sid_rows]
+
+    def find_sids(self, token_ids):
+        """
+        Args:
+            token_ids (`list[list[int]]`):
+                Tokens of SIDs; end and padding tokens behind a SID are ignored.
+
+        Returns:
+            `np.ndarray` (int64): the SID row of each, -1 where the tokens are no SID of the catalog. Shape: (n,).
+        """
+        num_layers = self.catalog.num_layers
+        position_of_layer = np.argsort([*self.layer_order, num_layers])
+        codes = np.full((len(token_ids), num_layers + 1), -1, dtype=np.int64)
+        valid = np.ones(len(token_ids), dtype=bool)
+        for row, ids in enumerate(token_ids):
+            ids = np.asarray(ids, dtype=np.int64)
+            ends = np.flatnonzero((ids == self.eos_token_id) | (ids == self.pad_token_id))
+            ids = ids[: ends[0]] if len(ends) else ids
+            in_range = (ids >= 0) & (ids < len(self._token_layer))
+            layers = self._token_layer[ids[in_range]]
+            valid[row] = in_range.all() and (layers >= 0).all() and (np.diff(position_of_layer[layers]) > 0).all()
+            if valid[row]:
+                codes[row, layers] = self._token_code[ids]
+        return np.where(valid, self.catalog.find_sids(codes), -1)
+
+    def prefix_token_ids(self, prefix_codes):
+        """
+        Args:
+            prefix_codes (`list[int]`):
+                The leading codes of a SID in the order of its tokens; -1 where the layer is absent.
+
+        Returns:
+            `list[int]`: their token ids.
+
+        Raises:
+            `ValueError`: if there are more codes than layers, or one lies outside its codebook.
+        """
+        if len(prefix_codes) > self.catalog.num_layers:
+            raise ValueError(f"{len(prefix_codes)} leading codes for SIDs of {self.catalog.num_layers} layers.")
+        ids = []
+        for layer, code in zip(self.layer_order, prefix_codes, strict=False):
+            if not -1 <= code < self.catalog.codebook_sizes[layer]:
+                raise ValueError(
+                    f"Code {code} lies outside layer {layer}'s {self.catalog.codebook_sizes[layer]} codes."
+                )
+            if code >= 0:
+                ids.append(int(self._layer_token_ids[layer][code]))
+        return ids
+
+    def encode_text(self, texts):
+        """
+        Encodes text as data: whatever it says, it becomes neither a SID nor a control token.
+
+        Args:
+            texts (`str` or `list[str]`):
+                Any text, for instance a user's query.
+
+        Returns:
+            `list[int]` or `list[list[int]]`: token ids, without begin and end tokens.
+        """
+        if isinstance(texts, str):
+            return self.encode_text([texts])[0]
+        if self._text_encoder is None:
+            blocked = np.concatenate([self.sid_vocabulary().numpy(), self.all_special_ids]).astype(np.int64)
+            blocked = blocked[blocked != (-1 if self.unk_token_id is None else self.unk_token_id)]
+            self._text_encoder = TextEncoder(self._tokenizer, blocked)
+        return self._text_encoder.encode_batch(texts)
+
+    def encode_prompts(self, examples, max_length=None):
+        """
+        Builds prompts: the one function that training and serving use.
+
+        Args:
+            examples (`list[dict]`):
+                Values of the prompt template's fields.
+            max_length (`int`, *optional*):
+                Longest prompt in tokens. The oldest products of a history are left out first; text never is.
+
+        Returns:
+            `dict`: `input_ids` (`list[list[int]]`), and `num_truncated` (`list[int]`): how many products of each history
+            were left out.
+
+        Raises:
+            `TypeError`, `ValueError`: if an example cannot be a prompt, a history names a product that is not in the
+                catalog, or a prompt is too long even without its history.
+        """
+        if isinstance(examples, dict):
+            raise TypeError("encode_prompts takes a list of examples; wrap a single one: [example].")
+        parts = [self.prompt_template.split(example) for example in examples]
+        texts = self.encode_text([text for before, _, after in parts for text in (before, after)])
+        histories = self.encode_products([product for _, history, _ in parts for product in history])
+        prefix = self.convert_tokens_to_ids(self.prompt_prefix)
+
+        prompts, num_truncated, start = [], [], 0
+        for row, (_, history, _) in enumerate(parts):
+            before, after = prefix + texts[2 * row], texts[2 * row + 1]
+            sids, start = histories[start : start + len(history)], start + len(history)
+            kept = len(sids)
+            if max_length is not None:
+                room = max_length - len(before) - len(after)
+                if room < 0:
+                    raise ValueError(
+                        f"Prompt {row} takes {len(before) + len(after)} tokens without its history, more than "
+                        f"max_length={max_length}. Raise max_length, or shorten the profile or the query."
+                    )
+                lengths = np.cumsum([len(sid) for sid in reversed(sids)])
+                kept = int(np.searchsorted(lengths, room, side="right"))
+            num_truncated.append(len(sids) - kept)
+            prompts.append(before + [token for sid in sids[len(sids) - kept :] for token in sid] + after)
+        return {"input_ids": prompts, "num_truncated": num_truncated}
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        if filename_prefix:
+            raise ValueError(f"filename_prefix={filename_prefix!r}: the files of a bundle have fixed names.")
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        paths = {name: os.path.join(save_directory, name) for name in self.vocab_files_names.values()}
+        self.catalog.save(paths[CATALOG_FILE])
+        write_json(paths[PROMPT_FILE], {"template": self.prompt_template.to_dict(), "prefix": self.prompt_prefix})
+        if self.quantizer is not None:
+            config = self.quantizer.config
+            codebooks = {f"codebook_{layer}": codebook.data for layer, codebook in enumerate(self.quantizer.codebooks)}
+            write_tensors(paths[CODEBOOK_FILE], codebooks, {name: getattr(config, name) for name in _CODEBOOK_CONFIG})
+        # The manifest is written last: a folder without it, or with one that names other hashes, is no whole bundle.
+        written = [name for name in paths if name != MANIFEST_FILE and (name != CODEBOOK_FILE or self.quantizer)]
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "codebook_sizes": self.catalog.codebook_sizes,
+            "suffix_size": self.catalog.suffix_size,
+            "pruning": self.catalog.pruning.to_dict(),
+            "token_format": self.token_format,
+            "layer_order": self.layer_order,
+            "products": len(self.catalog),
+            "sids": self.catalog.num_sids,
+            "history": self._history,
+            "files": {name: file_entry(paths[name]) for name in written},
+        }
+        write_json(paths[MANIFEST_FILE], manifest)
+        return (*file_names, *(paths[name] for name in [*written, MANIFEST_FILE] if name != "tokenizer.json"))
+
+
+_CODEBOOK_CONFIG = ("codebook_sizes", "embedding_dim", "num_iterations", "relocation_threshold", "seed")
+
+
+def _ragged(sequences):
+    """Rows of a -1-padded matrix as lists."""
+    lengths = (sequences >= 0).sum(1).tolist()
+    return [row[:length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
+
+
+def _check_layer_order(layer_order, catalog):
+    if layer_order is None:
+        return list(range(catalog.num_layers))
+    layer_order = [int(layer) for layer in layer_order]
+    if sorted(layer_order) != list(range(catalog.num_layers)):
+        raise ValueError(f"layer_order={layer_order} must name each of the {catalog.num_layers} layers once.")
+    if catalog.pruning.num_pruned and layer_order[-1] == catalog.pruning.layer:
+        raise ValueError(
+            f"layer_order={layer_order} ends with layer {catalog.pruning.layer}, some of whose codes are pruned: one SID "
+            "could be the beginning of another. Put another layer last."
+        )
+    return layer_order
+
+
+def _read_parts(manifest_file, files):
+    """
+    Reads and checks the files of a bundle.
+
+    Raises:
+        `ValueError`: naming the file that is missing, truncated, edited, or does not fit the others.
+    """
+    if manifest_file is None:
+        raise ValueError(
+            f"There is no {MANIFEST_FILE}: this is not a SIDTokenizer, or its save did not finish, since the manifest is "
+            "written last. Make a tokenizer with SIDTokenizer.from_base, or save or download the bundle again."
+        )
+    manifest = read_json(manifest_file)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
+            f"{FORMAT_VERSION}. Install the version that wrote it."
+        )
+    required = ("codebook_sizes", "suffix_size", "token_format", "layer_order", "products", "sids", "history", "files")
+    missing = [key for key in required if key not in manifest]
+    if missing:
+        raise ValueError(
+            f"{MANIFEST_FILE} lacks {', '.join(missing)}: it was edited. Save or download the bundle again."
+        )
+    for name, entry in manifest["files"].items():
+        if files.get(name) is None:
+            raise ValueError(f"{name} is missing though {MANIFEST_FILE} names it. Save or download the bundle again.")
+        check_file(files[name], entry)
+
+    # The files are what was saved together; what follows guards against a manifest that was edited as well.
+    catalog = ProductCatalog.load(files[CATALOG_FILE])
+    found = {"codebook_sizes": catalog.codebook_sizes, "suffix_size": catalog.suffix_size}
+    found |= {"products": len(catalog), "sids": catalog.num_sids}
+    for key, value in found.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{MANIFEST_FILE} says {key}={manifest[key]}, {CATALOG_FILE} {value}. Save the bundle again."
+            )
+    quantizer = None
+    if CODEBOOK_FILE in manifest["files"]:
+        quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
+    prompt = read_json(files[PROMPT_FILE])
+    return {
+        "catalog": catalog,
+        "quantizer": quantizer,
+        "prompt_template": PromptTemplate(**prompt["template"]),
+        "prompt_prefix": prompt["prefix"],
+        "token_format": manifest["token_format"],
+        "layer_order": _check_layer_order(manifest["layer_order"], catalog),
+        "history": manifest["history"],
+    }
+
+
+def _read_codebook(path, codebook_sizes):
+    tensors, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
+    if config.get("codebook_sizes") != codebook_sizes:
+        raise ValueError(
+            f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
+        )
+    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**{name: config[name] for name in _CODEBOOK_CONFIG}))
+    for layer, parameter in enumerate(quantizer.codebooks):
+        tensor = tensors[f"codebook_{layer}"]
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"Codebook {layer} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                f"{tuple(parameter.shape)} of floating point. Save or download the bundle again."
+            )
+        parameter.data = tensor.clone()
+    return quantizer
+
+
+SIDTokenizer.register_for_auto_class()

@@ -1,0 +1,101 @@
+"""A stand-in for the tokenizer with the members that search and logits processor use, and the brute-force oracle."""
+
+import numpy as np
+import pytest
+import torch
+
+
+FIRST_SID_TOKEN = 20
+
+
+class StubCatalog:
+    """`group_sizes[s]` products share SID s; within a SID they are in order of popularity already."""
+
+    def __init__(self, group_sizes):
+        self.groups = np.split(np.arange(sum(group_sizes)), np.cumsum(group_sizes)[:-1])
+
+    def expand_sids(self, sid_rows, top_k):
+        products, positions = np.full((2, len(sid_rows), top_k), -1, dtype=np.int64)
+        for row, sids in enumerate(sid_rows):
+            pairs = [(product, at) for at, sid in enumerate(sids) if sid >= 0 for product in self.groups[sid]][:top_k]
+            for rank, (product, at) in enumerate(pairs):
+                products[row, rank], positions[row, rank] = product, at
+        return products, positions
+
+    def product_ids(self, product_rows):
+        return [f"p{row}" for row in product_rows]
+
+
+class StubTokenizer:
+    """Codes `[S, layers]`, -1 for an absent layer; code c of layer l is the token `FIRST_SID_TOKEN + l * size + c`."""
+
+    def __init__(self, codes, codebook_size, group_sizes=None, eos_token_id=1, pad_token_id=0):
+        self.codes, self.codebook_size = codes, codebook_size
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.catalog = StubCatalog([1] * len(codes) if group_sizes is None else group_sizes)
+        self.vocab_size = FIRST_SID_TOKEN + len(codes[0]) * codebook_size + 3
+        self.max_length = None
+
+    def prefix_token_ids(self, prefix_codes):
+        size = self.codebook_size
+        return [FIRST_SID_TOKEN + layer * size + code for layer, code in enumerate(prefix_codes) if code >= 0]
+
+    def sid_sequences(self):
+        rows = [self.prefix_token_ids(codes) for codes in self.codes]
+        depth = max(map(len, rows))
+        return torch.tensor([row + [-1] * (depth - len(row)) for row in rows])
+
+    def sid_vocabulary(self):
+        return torch.arange(FIRST_SID_TOKEN, self.vocab_size - 3)
+
+    def sid_strings(self, sid_rows):
+        return ["".join(f"<{'abcdef'[at]}_{code}>" for at, code in enumerate(self.codes[s])) for s in sid_rows]
+
+    def encode_prompts(self, examples, max_length=None):
+        self.max_length = max_length
+        full = [[2 + ord(letter) % 18 for letter in example["query"]] for example in examples]
+        return {
+            "input_ids": [ids[-max_length:] for ids in full],
+            "num_truncated": [max(0, len(ids) - max_length) for ids in full],
+        }
+
+
+def random_codes(seed, num_sids, num_layers=3, codebook_size=5, absent=0.4):
+    """Distinct SIDs in random order; of the layers but the first and the last each is absent at rate `absent`."""
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(0, codebook_size, (num_sids * 3, num_layers))
+    gone = generator.random(codes.shape) < absent
+    gone[:, [0, -1]] = False
+    codes = list(dict.fromkeys(map(tuple, np.where(gone, -1, codes).tolist())))
+    return codes[:num_sids]
+
+
+@torch.no_grad()
+def brute_force(model, prompt, sequences, vocabulary=None):
+    """Log-probabilities of all rows of `sequences`, each from a plain forward of prompt and SID, without padding."""
+    scores = []
+    for sequence in sequences.tolist():
+        sid = [token for token in sequence if token >= 0]
+        logits = model(torch.tensor([prompt + sid]), use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+        if vocabulary is not None:
+            outside = torch.ones(logits.shape[-1], dtype=torch.bool).index_fill(0, vocabulary, False)
+            logits = logits.masked_fill(outside, -torch.inf)
+        log_probs = logits.log_softmax(-1)
+        scores.append(sum(log_probs[at, token].item() for at, token in enumerate(sid)))
+    return torch.tensor(scores)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """`make_tokenizer(seed=0, num_sids=30, num_layers=3, codebook_size=5, absent=.4, codes=None, **stub)`."""
+
+    def make(seed=0, num_sids=30, num_layers=3, codebook_size=5, absent=0.4, codes=None, **stub):
+        codes = random_codes(seed, num_sids, num_layers, codebook_size, absent) if codes is None else codes
+        return StubTokenizer(codes, codebook_size, **stub)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def brute_force_scores():
+    return brute_force
