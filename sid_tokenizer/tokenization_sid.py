@@ -80,6 +80,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.prompt_prefix = sid_parts["prompt_prefix"]
         self.token_format = sid_parts["token_format"]
         self.layer_order = sid_parts["layer_order"]
+        self.base_size = sid_parts["base_size"]
         self._history = sid_parts["history"]
         self._index_tokens()
 
@@ -170,6 +171,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 "prompt_prefix": base.convert_ids_to_tokens(prefix),
                 "token_format": token_format,
                 "layer_order": layer_order,
+                "base_size": len(base),
                 "history": [{"version": 1, "products": len(catalog), "sids": catalog.num_sids}],
             },
             **base.special_tokens_map,
@@ -206,6 +208,22 @@ class SIDTokenizer(PreTrainedTokenizerFast):
     def max_sid_length(self):
         """Tokens of the longest SID, without the end token."""
         return int(self.catalog.lengths().max())
+
+    def layer_token_ids(self):
+        """
+        Returns:
+            `list[np.ndarray]`: per layer the token id of each code, and last those of the suffixes.
+        """
+        return self._layer_token_ids
+
+    def new_token_ids(self):
+        """
+        Returns:
+            `torch.LongTensor`: ids of the SID tokens that the base tokenizer did not have, ascending: those whose
+            embedding rows a model has yet to learn.
+        """
+        vocabulary = self.sid_vocabulary()
+        return vocabulary[vocabulary >= self.base_size]
 
     def sid_vocabulary(self):
         """
@@ -409,6 +427,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             "pruning": self.catalog.pruning.to_dict(),
             "token_format": self.token_format,
             "layer_order": self.layer_order,
+            "base_size": self.base_size,
             "products": len(self.catalog),
             "sids": self.catalog.num_sids,
             "history": self._history,
@@ -459,7 +478,8 @@ def _read_parts(manifest_file, files):
             f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
             f"{FORMAT_VERSION}. Install the version that wrote it."
         )
-    required = ("codebook_sizes", "suffix_size", "token_format", "layer_order", "products", "sids", "history", "files")
+    required = ["codebook_sizes", "suffix_size", "token_format", "layer_order", "base_size", "products", "sids"]
+    required += ["history", "files"]
     missing = [key for key in required if key not in manifest]
     if missing:
         raise ValueError(
@@ -490,6 +510,7 @@ def _read_parts(manifest_file, files):
         "prompt_prefix": prompt["prefix"],
         "token_format": manifest["token_format"],
         "layer_order": _check_layer_order(manifest["layer_order"], catalog),
+        "base_size": manifest["base_size"],
         "history": manifest["history"],
     }
 

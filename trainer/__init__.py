@@ -1,0 +1,12 @@
+from .data import SIDDataCollator, split_prompts, tokenize_examples
+from .sid_trainer import SIDTrainer, rank_strings
+from .training_args import SIDTrainingArguments
+
+__all__ = [
+    "SIDDataCollator",
+    "SIDTrainer",
+    "SIDTrainingArguments",
+    "rank_strings",
+    "split_prompts",
+    "tokenize_examples",
+]

@@ -1,0 +1,239 @@
+"""The Trainer: fine-tunes a causal language model to answer with SIDs, and evaluates by searching the catalog."""
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.utils import logging
+
+from ..evaluate_metrics import path as metric_path
+from ..modeling.rows import initialize_sid_rows
+from ..modeling.search import beam_search
+from ..modeling.trie import SIDTrie
+from .data import SIDDataCollator, split_prompts, tokenize_examples
+from .training_args import SIDTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+class SIDTrainer(Trainer):
+    r"""
+    A `Trainer` for (profile, history, query) -> SID.
+
+    Prompts are built with the tokenizer's template, the loss is taken on the answer's tokens only, and logits are
+    computed for them only. Evaluation ranks the catalog for each prompt by constrained beam search and reports Recall,
+    NDCG and MRR, item-level first, through the `sid_retrieval` metric.
+
+    Args:
+        model (`PreTrainedModel` or `str`):
+            A causal language model, or what `AutoModelForCausalLM.from_pretrained` takes. It gets rows for the SID tokens
+            if it has none.
+        args ([`SIDTrainingArguments`]):
+            The arguments.
+        train_dataset (`Dataset`, *optional*):
+            Purchases: columns of the prompt template's fields and `product`; or rows of [`tokenize_examples`].
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            As `train_dataset`.
+        processing_class ([`SIDTokenizer`]):
+            The tokenizer.
+        data_collator (*optional*):
+            [`SIDDataCollator`] if not given.
+        compute_metrics (*optional*):
+            Gets an `EvalPrediction` whose predictions are (product rows, SID rows), both of shape (N, eval_top_k), best
+            first and -1 where a list ends, and whose `label_ids` are the product rows bought, of shape (N,). The
+            `sid_retrieval` metrics if not given.
+        **kwargs:
+            As `Trainer`.
+
+    Raises:
+        `TypeError`: if `processing_class` is no [`SIDTokenizer`].
+        `ValueError`: if `max_prompt_length` and an answer exceed the model's context, or a dataset lacks columns.
+
+    Example:
+
+    ```python
+    trainer = SIDTrainer(model, args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer)
+    trainer.train()
+    trainer.evaluate()
+    ```
+    """
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator=None,
+        compute_metrics=None,
+        **kwargs,
+    ):
+        # By duck, because a tokenizer that was loaded with trust_remote_code is of another class of the same name.
+        if not hasattr(processing_class, "encode_prompts"):
+            raise TypeError(
+                f"processing_class is {type(processing_class).__name__}; SIDTrainer needs a SIDTokenizer, which "
+                "SIDTokenizer.from_base makes."
+            )
+        if args is None:
+            args = SIDTrainingArguments("sid_trainer_output")
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model)
+        initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
+        self.max_prompt_length = _max_prompt_length(args, model, processing_class)
+        self._trie = None
+        self._metric = None
+
+        train_dataset = self._tokenize(train_dataset, "train", processing_class, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._tokenize(dataset, name, processing_class, args) for name, dataset in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._tokenize(eval_dataset, "eval", processing_class, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator if data_collator is not None else SIDDataCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
+            **kwargs,
+        )
+
+    def _tokenize(self, dataset, name, tokenizer, args):
+        if dataset is None or {"input_ids", "label_ids"} <= set(getattr(dataset, "column_names", None) or ()):
+            return dataset
+        options = {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
+        with args.main_process_first(desc=f"prompts ({name})"):
+            dataset = dataset.map(
+                tokenize_examples,
+                batched=True,
+                remove_columns=dataset.column_names,
+                fn_kwargs={"tokenizer": tokenizer, "max_prompt_length": self.max_prompt_length},
+                **options,
+            )
+        if isinstance(dataset, Dataset):
+            truncated = np.asarray(dataset["num_truncated"])
+            if truncated.any():
+                logger.warning(
+                    f"{int((truncated > 0).sum())} of {len(truncated)} {name} prompts exceeded "
+                    f"{self.max_prompt_length} tokens: the {int(truncated.sum())} oldest products of their histories were "
+                    "left out. Raise max_prompt_length to keep them."
+                )
+        return dataset
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if eval_dataset is not None and not isinstance(eval_dataset, dict | str):
+            eval_dataset = self._tokenize(eval_dataset, metric_key_prefix, self.processing_class, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        test_dataset = self._tokenize(test_dataset, metric_key_prefix, self.processing_class, self.args)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # labels are end-aligned and as wide as the answers: so many logits are needed, and no more.
+        inputs = {name: value for name, value in inputs.items() if name != "product_rows"}
+        inputs["logits_to_keep"] = inputs["labels"].shape[1]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items).detach().mean()
+        if prediction_loss_only:
+            return loss, None, None
+        prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        top_k = self.args.eval_top_k
+        if self._trie is None:
+            self._trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
+        with self.compute_loss_context_manager():
+            sid_rows, _ = beam_search(
+                self.accelerator.unwrap_model(model),
+                prompts,
+                mask,
+                self._trie,
+                num_beams=self.args.eval_num_beams or max(50, 5 * top_k),
+                num_return=top_k,
+                normalize=self.args.eval_normalize,
+                vocabulary=self._normalizing_vocabulary(),
+            )
+        products, _ = self.processing_class.catalog.expand_sids(sid_rows.cpu().numpy(), top_k)
+        # Of one shape on every rank and in every batch, so that they can be gathered.
+        return loss, (torch.from_numpy(products).to(prompts.device), sid_rows), inputs["product_rows"]
+
+    def _normalizing_vocabulary(self):
+        if self.args.eval_normalize == "vocab":
+            return None
+        return torch.cat([self.processing_class.sid_vocabulary(), torch.tensor([self.processing_class.eos_token_id])])
+
+    def compute_retrieval_metrics(self, eval_prediction, groups=None, **kwargs):
+        """
+        Item-level and SID-level Recall, NDCG and MRR of an `EvalPrediction`, as `predict` and `evaluate` make it.
+
+        Args:
+            eval_prediction (`EvalPrediction` or `PredictionOutput`):
+                Predictions (product rows, SID rows) and `label_ids` (product rows bought).
+            groups (`list[str]`, *optional*):
+                A group of each row, to report metrics by.
+            **kwargs:
+                As `compute` of the `sid_retrieval` metric, for instance `bootstrap=1000`.
+
+        Returns:
+            `dict[str, float]`
+        """
+        if self._metric is None:
+            self._metric = evaluate.load(metric_path("sid_retrieval"), keep_in_memory=True)
+        rankings = rank_strings(*eval_prediction.predictions, eval_prediction.label_ids, self.processing_class)
+        kwargs.setdefault("ks", [k for k in (1, 10, 50) if k <= self.args.eval_top_k])
+        kwargs.setdefault("ndcg_ks", [min(10, self.args.eval_top_k)])
+        groups = [""] * len(eval_prediction.label_ids) if groups is None else list(groups)
+        return self._metric.compute(**rankings, groups=groups, **kwargs)
+
+
+def rank_strings(product_rows, sid_rows, label_rows, tokenizer):
+    """
+    Turns rows of the catalog into the strings that the `sid_retrieval` metric compares.
+
+    Args:
+        product_rows, sid_rows (`np.ndarray`): Shape: (N, k). Ranked, -1 where a list ends.
+        label_rows (`np.ndarray`): Shape: (N,). The product rows bought.
+        tokenizer ([`SIDTokenizer`]):
+            For its catalog.
+
+    Returns:
+        `dict[str, list]`: `predictions`, `references`, `sid_predictions` and `sid_references`.
+    """
+    catalog = tokenizer.catalog
+    label_rows = np.asarray(label_rows)
+    return {
+        "predictions": _strings_of(product_rows, catalog.product_ids),
+        "references": catalog.product_ids(label_rows),
+        "sid_predictions": _strings_of(sid_rows, tokenizer.sid_strings),
+        "sid_references": tokenizer.sid_strings(catalog.sid_rows(label_rows)),
+    }
+
+
+def _strings_of(rows, name):
+    rows = np.asarray(rows)
+    # Each distinct row is spelled once; the same products are ranked for many prompts.
+    unique, inverse = np.unique(rows[rows >= 0], return_inverse=True)
+    strings = np.array(name(unique), dtype=object)[inverse]
+    return [list(part) for part in np.split(strings, np.cumsum((rows >= 0).sum(1))[:-1])]
+
+
+def _max_prompt_length(args, model, tokenizer):
+    context = getattr(model.config, "max_position_embeddings", None)
+    answer = tokenizer.max_sid_length + 1
+    if context is None:
+        return args.max_prompt_length
+    if args.max_prompt_length is not None and args.max_prompt_length + answer > context:
+        raise ValueError(
+            f"max_prompt_length={args.max_prompt_length} and an answer of {answer} tokens exceed the model's context of "
+            f"{context}. Use at most max_prompt_length={context - answer}."
+        )
+    return args.max_prompt_length if args.max_prompt_length is not None else context - answer

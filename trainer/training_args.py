@@ -1,0 +1,63 @@
+"""Arguments of SIDTrainer."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class SIDTrainingArguments(TrainingArguments):
+    r"""
+    `TrainingArguments` with what [`SIDTrainer`] needs besides.
+
+    Args:
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens; the oldest products of longer histories are left out. What the model's context
+            leaves beside the longest answer if not given.
+        dataset_num_proc (`int`, *optional*):
+            Processes that build prompts.
+        init_sid_rows (`str`, *optional*):
+            How new embedding rows start: `"codebook"` or `"noise"`, see [`initialize_sid_rows`].
+
+        > Parameters that control evaluation
+
+        eval_top_k (`int`, *optional*, defaults to 50):
+            Products to rank for each prompt.
+        eval_num_beams (`int`, *optional*):
+            Beams of the search; see [`search`] for the default.
+        eval_normalize (`str`, *optional*, defaults to `"vocab"`):
+            Whether scores are log-probabilities over the whole vocabulary (`"vocab"`) or over SID tokens (`"sid"`).
+
+    > [!NOTE]
+    > `remove_unused_columns` defaults to `False`, since the collator reads columns that a model's forward does not know,
+    > and `label_names` to `["labels"]`.
+
+    Raises:
+        `ValueError`: for values out of range.
+    """
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Keys of the inputs that are labels."}
+    )
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that build prompts."})
+    init_sid_rows: str | None = field(
+        default=None, metadata={"help": 'How new embedding rows start: "codebook" or "noise".'}
+    )
+    eval_top_k: int = field(default=50, metadata={"help": "Products to rank for each prompt."})
+    eval_num_beams: int | None = field(default=None, metadata={"help": "Beams of the search."})
+    eval_normalize: str = field(default="vocab", metadata={"help": 'Softmax over "vocab" or "sid" tokens.'})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop columns that SIDDataCollator reads; leave it False.")
+        for name in ("max_prompt_length", "eval_top_k", "eval_num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.eval_normalize not in ("vocab", "sid"):
+            raise ValueError(f'eval_normalize={self.eval_normalize!r} is unknown; choose "vocab" or "sid".')
+        if self.init_sid_rows not in (None, "codebook", "noise"):
+            raise ValueError(f'init_sid_rows={self.init_sid_rows!r} is unknown; choose "codebook" or "noise".')
