@@ -32,8 +32,8 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
-        "rqsid.evaluate_metrics.sid_retrieval": ["README.md"],
-        "rqsid.evaluate_metrics.sid_distribution": ["README.md"],
+        "rqsid.evaluate_metrics.sid_retrieval": ["README.md", "requirements.txt"],
+        "rqsid.evaluate_metrics.sid_distribution": ["README.md", "requirements.txt"],
     },
     install_requires=[
         "accelerate>=1.10",

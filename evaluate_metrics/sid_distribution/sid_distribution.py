@@ -50,6 +50,10 @@ Returns:
     - `hourglass_score`: mean normalized entropy of the layers between the first and the last, minus the mean of these
       two; below 0 for an hourglass. Left out for fewer than three layers.
 
+Raises:
+    ValueError: If there are no rows, a row has another number of codes than `codebook_sizes`, a code is outside
+    [-1, K) or not an integer, or `codebook_sizes` is missing.
+
 Examples:
 
     >>> measure = evaluate.load("sid_distribution")

@@ -77,6 +77,11 @@ Returns:
     - Intervals are percentiles over resampled rows (Efron and Tibshirani, 1993, chapter 13). Those of a group resample
       its own rows.
 
+Raises:
+    ValueError: If there are no rows, a list holds an entry twice, a reference is an empty string, an id is not a
+    string, columns differ in length, or an argument is out of range.
+    TypeError: If `ks` or `ndcg_ks` is not a list or tuple.
+
 Examples:
 
     >>> metric = evaluate.load("sid_retrieval")
