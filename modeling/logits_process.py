@@ -201,12 +201,11 @@ def sid_generation_config(
                 f"which would break the ranking of SIDs. Set `model.generation_config.{name} = None`."
             )
     # For these None means "off" but would bring the model's value back; each stand-in acts only where it changes
-    # nothing. They are set only against such a value, for each costs a step of its own.
+    # nothing. They are set only against such a value, for each costs a step of its own. What acts on the end token
+    # alone (a decay, a forced end) needs none: the processor comes later and decides about that token.
     stand_ins = {
         "bad_words_ids": [[eos_token_id, eos_token_id]],
         "begin_suppress_tokens": [],
-        "exponential_decay_length_penalty": (2**31, 1.0),
-        "forced_eos_token_id": eos_token_id,
         "max_time": float("inf"),
         "sequence_bias": [[[eos_token_id], 0.0]],
         "suppress_tokens": [],

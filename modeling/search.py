@@ -50,8 +50,8 @@ def search(
         trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
             The SIDs that may be returned. Building the default takes a sort of the catalog: pass one to repeated calls.
         prefix_codes (`list[list[int]]`, *optional*):
-            For each prompt the first codes of the SID, in layer order, -1 for an absent layer. They are taken as given:
-            scores are conditional on them and do not include them.
+            For each prompt the first codes of the SID, in the order of its tokens, -1 for an absent layer. They are
+            taken as given: scores are conditional on them and do not include them.
         normalize (`str`, *optional*, defaults to `"vocab"`):
             `"vocab"` for the softmax over the model's whole vocabulary, `"sid"` for the softmax over the SID tokens and
             the end token, for a model that was trained so.
@@ -86,6 +86,8 @@ def search(
     # 2. prompts as lists of ids, the given codes behind them
     max_length = getattr(text_config, "max_position_embeddings", None)
     prompts = _prompt_ids(tokenizer, inputs, max_length and max_length - trie.depth - 1)
+    if not prompts:
+        return []
     prefixes = _prefix_ids(tokenizer, prefix_codes, len(prompts))
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -95,14 +97,14 @@ def search(
                 f"Prompt {index} has {len(prompt)} tokens and a SID up to {trie.depth}, more than the "
                 f"{max_length} positions of the model. Shorten the prompt, or pass examples, which are truncated."
             )
-    depth = max(map(len, prefixes), default=0)
+    depth = max(map(len, prefixes))
     padded = torch.tensor([prefix + [-1] * (depth - len(prefix)) for prefix in prefixes], dtype=torch.int64)
     start_nodes = trie.walk(padded.view(len(prompts), depth).to(trie.device))
     if prefix_codes is not None and (start_nodes < 0).any():
         index = int((start_nodes < 0).int().argmax())
         raise ValueError(
-            f"No SID of the trie begins with the codes {prefix_codes[index]} of prompt {index}. Pass codes in layer "
-            f"order, -1 for a layer that is absent."
+            f"No SID of the trie begins with the codes {prefix_codes[index]} of prompt {index}. Pass them in the order "
+            f"of a SID's tokens, -1 for a layer that is absent."
         )
 
     # 3. decode prompts of similar length together, so that little is padded
@@ -313,7 +315,7 @@ def _tree_cache(model) -> DynamicCache:
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             f"The beams of a prompt are decoded as one tree, which needs full attention in every layer; this model's "
-            f"cache has {kinds}. Disable its sliding window, or use `generate()` with [`SIDLogitsProcessor`]."
+            f"cache has {kinds}. Disable its sliding window, or use `generate()` with a `SIDLogitsProcessor`."
         )
     return cache
 
@@ -335,13 +337,13 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
         return [row[kept].tolist() for row, kept in zip(inputs["input_ids"].cpu(), mask.cpu(), strict=True)]
     if not isinstance(inputs, list):
         raise TypeError(f"`inputs` must be a list of examples or of token ids, got {type(inputs).__name__}.")
-    if all(isinstance(prompt, Mapping) for prompt in inputs):
-        if not inputs:
-            return []
+    if inputs and all(isinstance(prompt, Mapping) for prompt in inputs):
         encoded = tokenizer.encode_prompts(inputs, max_length=max_length)
         num_truncated = sum(count > 0 for count in encoded["num_truncated"])
         if num_truncated:
-            logger.warning(f"{num_truncated} of {len(inputs)} prompts were truncated to {max_length} tokens.")
+            logger.warning(
+                f"{num_truncated} of {len(inputs)} prompts left out the oldest of their history to fit {max_length} tokens."
+            )
         return encoded["input_ids"]
     if all(isinstance(prompt, list) and all(type(token) is int for token in prompt) for prompt in inputs):
         return inputs

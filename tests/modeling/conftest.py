@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-
 FIRST_SID_TOKEN = 20
 
 
@@ -72,17 +71,19 @@ def random_codes(seed, num_sids, num_layers=3, codebook_size=5, absent=0.4):
 
 @torch.no_grad()
 def brute_force(model, prompt, sequences, vocabulary=None):
-    """Log-probabilities of all rows of `sequences`, each from a plain forward of prompt and SID, without padding."""
-    scores = []
-    for sequence in sequences.tolist():
-        sid = [token for token in sequence if token >= 0]
-        logits = model(torch.tensor([prompt + sid]), use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    """Log-probabilities of all rows of `sequences` by plain forwards of prompt and SID: no cache, padding or mask."""
+    scores = torch.empty(len(sequences), dtype=torch.float64)
+    lengths = (sequences >= 0).sum(1)
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        sids = sequences[rows, :length]
+        input_ids = torch.cat([torch.tensor(prompt).expand(len(rows), -1), sids], 1)
+        logits = model(input_ids, use_cache=False).logits[:, len(prompt) - 1 : -1].double()
         if vocabulary is not None:
             outside = torch.ones(logits.shape[-1], dtype=torch.bool).index_fill(0, vocabulary, False)
             logits = logits.masked_fill(outside, -torch.inf)
-        log_probs = logits.log_softmax(-1)
-        scores.append(sum(log_probs[at, token].item() for at, token in enumerate(sid)))
-    return torch.tensor(scores)
+        scores[rows] = logits.log_softmax(-1).gather(-1, sids[..., None]).sum((1, 2))
+    return scores.float()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import copy
+import logging
 import re
 
 import numpy as np
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from rqsid.modeling.search import beam_search, search
 from rqsid.modeling.trie import SIDTrie
-
 
 # Unequal lengths; the second one's history holds SID tokens (20 and up), the third one ends in them.
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [4, 21, 27, 33, 5], [3, 20, 26, 32], [9], [18, 17, 2, 4, 6, 8]]
@@ -199,11 +199,12 @@ def test_forms_of_input(setting):
 def test_truncation_is_told(setting, monkeypatch):
     tokenizer, _, model, _ = setting
     told = []
-    monkeypatch.setattr("rqsid.modeling.search.logger.warning", told.append)
+    monkeypatch.setattr(logging.getLogger("rqsid.modeling.search"), "warning", told.append)
     assert len(search(model, tokenizer, [{"query": "a" * 300}, {"query": "b"}])) == 2
-    assert told == ["1 of 2 prompts were truncated to 252 tokens."]
+    assert told == ["1 of 2 prompts left out the oldest of their history to fit 252 tokens."]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_model_state_is_restored(setting):
     tokenizer, _, model, exact = setting
     model = copy.deepcopy(model)
@@ -261,6 +262,17 @@ def test_bf16(setting, attention):
         assert torch.equal(sid_rows.sort(dim=1).values, torch.arange(30).expand(5, 30))
         # bf16 keeps 8 bits: with logits of this size a SID's score is off by some tenths at most
         assert (scores - exact.gather(1, sid_rows)).abs().max() < 0.7
+
+
+def test_bf16_logits_are_normalised_in_float32(setting, make_tokenizer):
+    _, _, model, _ = setting
+    model = copy.deepcopy(model).bfloat16()
+    tokenizer = make_tokenizer(codes=[(code,) for code in range(5)])
+    input_ids, attention_mask = pad_left(PROMPTS[:1])
+    sid_rows, scores = beam_search(model, input_ids, attention_mask, SIDTrie.from_tokenizer(tokenizer), 5, 5)
+    with torch.no_grad():
+        expected = model(input_ids).logits[0, -1].float().log_softmax(-1)[20:25]
+    torch.testing.assert_close(scores[0], expected[sid_rows[0]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
