@@ -27,7 +27,9 @@ def tokenize_examples(examples, tokenizer, max_prompt_length=None):
             f'The dataset needs a column "product" with the id of the product bought; found {sorted(examples)}.'
         )
     fields = [name for name in tokenizer.prompt_template.fields if name in examples]
-    rows = [dict(zip(fields, values, strict=True)) for values in zip(*(examples[name] for name in fields), strict=True)]
+    rows = [
+        dict(zip(fields, values, strict=True)) for values in zip(*(examples[name] for name in fields), strict=True)
+    ]
     if not fields:
         raise ValueError(
             f"The dataset has none of the prompt's fields {tokenizer.prompt_template.fields}; found {sorted(examples)}."
@@ -65,6 +67,8 @@ class SIDDataCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, features):
+        if not features:
+            raise ValueError("The batch is empty: there is nothing to pad.")
         missing = {"input_ids", "label_ids"} - set(features[0])
         if missing:
             raise ValueError(

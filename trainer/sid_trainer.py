@@ -3,7 +3,7 @@
 import evaluate
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.utils import logging
 
@@ -31,10 +31,10 @@ class SIDTrainer(Trainer):
             if it has none.
         args ([`SIDTrainingArguments`]):
             The arguments.
-        train_dataset (`Dataset`, *optional*):
+        train_dataset (`Dataset`, `IterableDataset` or `list[dict]`, *optional*):
             Purchases: columns of the prompt template's fields and `product`; or rows of [`tokenize_examples`].
-        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            As `train_dataset`.
+        eval_dataset (*optional*):
+            As `train_dataset`, or a dict of several.
         processing_class ([`SIDTokenizer`]):
             The tokenizer.
         data_collator (*optional*):
@@ -47,8 +47,10 @@ class SIDTrainer(Trainer):
             As `Trainer`.
 
     Raises:
-        `TypeError`: if `processing_class` is no [`SIDTokenizer`].
-        `ValueError`: if `max_prompt_length` and an answer exceed the model's context, or a dataset lacks columns.
+        `TypeError`: if `processing_class` is no [`SIDTokenizer`], `args` are no [`SIDTrainingArguments`], there is no
+            model, or a dataset is none of the above.
+        `ValueError`: if `max_prompt_length` and an answer exceed the model's context, or a dataset is empty or lacks
+            columns.
 
     Example:
 
@@ -78,6 +80,13 @@ class SIDTrainer(Trainer):
             )
         if args is None:
             args = SIDTrainingArguments("sid_trainer_output")
+        if not isinstance(args, SIDTrainingArguments):
+            raise TypeError(f"args is {type(args).__name__}; SIDTrainer needs SIDTrainingArguments.")
+        if model is None:
+            raise TypeError(
+                "model is None. SIDTrainer gives the model its SID rows before training, so it takes no model_init: "
+                "make the model first and pass it."
+            )
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
@@ -104,9 +113,22 @@ class SIDTrainer(Trainer):
         )
 
     def _tokenize(self, dataset, name, tokenizer, args):
-        if dataset is None or {"input_ids", "label_ids"} <= set(getattr(dataset, "column_names", None) or ()):
+        if dataset is None:
+            return None
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"The {name} dataset is a {type(dataset).__name__}; pass a Dataset or IterableDataset of `datasets`, or a "
+                "list of dicts."
+            )
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"The {name} dataset is empty: it needs at least one purchase.")
+        if {"input_ids", "label_ids"} <= set(dataset.column_names or ()):
             return dataset
-        options = {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
+        options = (
+            {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
+        )
         with args.main_process_first(desc=f"prompts ({name})"):
             dataset = dataset.map(
                 tokenize_examples,
@@ -147,6 +169,11 @@ class SIDTrainer(Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items).detach().mean()
         if prediction_loss_only:
             return loss, None, None
+        if "product_rows" not in inputs:
+            raise ValueError(
+                "Rows lack product_rows, the products bought, which rankings are compared with. Map the dataset with "
+                "tokenize_examples, or set prediction_loss_only=True."
+            )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
         if self._trie is None:

@@ -52,7 +52,9 @@ class SIDTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop columns that SIDDataCollator reads; leave it False.")
+            raise ValueError(
+                "remove_unused_columns=True would drop columns that SIDDataCollator reads; leave it False."
+            )
         for name in ("max_prompt_length", "eval_top_k", "eval_num_beams"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -84,6 +84,7 @@ def train_arm(name, arguments, tokenizer, purchases):
         save_strategy="no",
         logging_steps=50,
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=arguments.seed,
         eval_top_k=50,
         eval_num_beams=arguments.num_beams,

@@ -70,6 +70,9 @@ def household_frequent_for_query(examples, purchases, top_k=50):
 
     Returns:
         `list[list[str]]`
+
+    Raises:
+        ValueError: a history has a product that the catalogue lacks.
     """
     candidates = _products_of_query(examples, purchases)
     num_products = len(purchases.products)
@@ -82,14 +85,18 @@ def household_frequent_for_query(examples, purchases, top_k=50):
 
     asked = np.asarray(examples["household"][:], dtype=str)
     asked_code = np.searchsorted(households, asked).clip(max=len(households) - 1)
+    # Negative keys match nothing: a household without purchases in training.
     asked_code = np.where(households[asked_code] == asked, asked_code, -1)
     wanted = asked_code[:, None] * num_products + candidates
     found = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    frequency = np.where((keys[found] == wanted) & (asked_code[:, None] >= 0), count[found], 0)
+    frequency = np.where(keys[found] == wanted, count[found], 0)
 
     history = examples["history"][:]
     rows = np.arange(len(history))
-    product_row = {product: row for row, product in enumerate(purchases.products["product_id"])}
+    product_row = {product: row for row, product in enumerate(purchases.products["product_id"][:])}
+    unknown = set(chain.from_iterable(history)) - product_row.keys()
+    if unknown:
+        raise ValueError(f"{len(unknown)} products of histories are not in the catalogue, such as {min(unknown)!r}")
     bought = np.fromiter((product_row[product] for product in chain.from_iterable(history)), np.int64)
     bought_keys = np.repeat(rows, [len(products) for products in history]) * num_products + bought
     frequency = frequency + np.isin(rows[:, None] * num_products + candidates, bought_keys)

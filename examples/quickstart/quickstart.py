@@ -144,7 +144,7 @@ def main():
         ranked["household's most frequent for the query"] = household_frequent_for_query(test, purchases)
         if tower is not None:
             ranked["dual tower, exact top-k"] = dual_tower_top_k(
-                embed_queries(tower, test), embeddings, products["product_id"][:]
+                embed_queries(tower, test, products), embeddings, products["product_id"][:]
             )
         results = score(arms, ranked, test, groups)
         describe_results(report, arms, ranked, results, test, groups, ceilings, arguments)
@@ -198,7 +198,7 @@ def describe_pruning(report, pruning, catalogs, codes, popularity):
 
 def describe_training(report, name, trainer):
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [history[-1]["train_loss"]]
     evaluations = [entry for entry in history if "eval_item_recall@10" in entry]
     truncated = np.asarray(trainer.train_dataset["num_truncated"])
     report.add(
