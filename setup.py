@@ -44,6 +44,7 @@ setup(
         "safetensors>=0.6",
         "tokenizers>=0.22",
         "torch>=2.8",
+        "tqdm>=4.66",
         "transformers>=5.0,<6",
     ],
     extras_require=EXTRAS,

@@ -11,7 +11,7 @@ def initialize_sid_rows(model, tokenizer, init=None, seed=0):
     not tied to them, in the output head.
 
     Rows that already exist beyond the base vocabulary (Qwen1.5 has some spare) are used before the matrix grows; it never
-    shrinks. A model whose rows were made for this tokenizer's vocabulary is left as it is.
+    shrinks. A model whose rows were made for these codebooks is left as it is, also when it was saved and loaded since.
 
     Args:
         model (`PreTrainedModel`):
@@ -30,7 +30,8 @@ def initialize_sid_rows(model, tokenizer, init=None, seed=0):
         `bool`: whether rows were made.
 
     Raises:
-        `ValueError`: for an unknown `init`, or `"codebook"` without a quantizer.
+        `ValueError`: for an unknown `init`, `"codebook"` without a quantizer, or a model whose rows were made for other
+            SID tokens or codebooks.
     """
     if init is None:
         init = "noise" if tokenizer.quantizer is None else "codebook"
@@ -39,8 +40,16 @@ def initialize_sid_rows(model, tokenizer, init=None, seed=0):
     if init == "codebook" and tokenizer.quantizer is None:
         raise ValueError('init="codebook" needs a tokenizer with a quantizer; use init="noise" for an imported index.')
     new_ids = tokenizer.new_token_ids()
-    if getattr(model.config, "sid_rows", None) == len(tokenizer):
+    fingerprint = tokenizer.codebook_fingerprint()
+    found = getattr(model.config, "sid_codebook", None)
+    if found == fingerprint:
         return False
+    if found is not None:
+        raise ValueError(
+            f"The model has rows for the SID tokens of codebook {found}, the tokenizer has codebook {fingerprint}. Load the "
+            "tokenizer that was saved with the model; to give up what the rows have learned and make new ones, set "
+            "model.config.sid_codebook = None first."
+        )
 
     embeddings = model.get_input_embeddings()
     size = max(embeddings.num_embeddings, len(tokenizer))
@@ -63,7 +72,7 @@ def initialize_sid_rows(model, tokenizer, init=None, seed=0):
             rows = base.mean(0) + base.std(0) * directions.to(matrix.device)
             matrix[new_ids.to(matrix.device)] = rows.to(matrix.dtype)
     # Saved with the model, so that a second call (a restarted run, say) does not overwrite trained rows.
-    model.config.sid_rows = len(tokenizer)
+    model.config.sid_codebook = fingerprint
     return True
 
 
@@ -78,6 +87,6 @@ def _project_codebooks(tokenizer, new_ids, noise, generator):
         rows = row_of_token[torch.from_numpy(ids)]
         centred = codebook.float().cpu() - codebook.float().cpu().mean(0)
         # One scale for all dimensions: the codebook's own geometry is what the projection is to keep.
-        scaled = centred / centred.std().clamp_min(1e-12)
+        scaled = centred / centred.square().mean().sqrt().clamp_min(1e-12)
         directions[rows[rows >= 0]] = (scaled @ projection)[rows >= 0]
     return directions

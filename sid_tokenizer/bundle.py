@@ -68,7 +68,8 @@ def write_tensors(path, arrays, config):
         for name, array in arrays.items()
     }
     with replace_atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+        # One entry of metadata: safetensors writes several in random order, and equal content should make equal files.
+        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
 
 
 def read_tensors(path, names):
@@ -103,6 +104,11 @@ def read_tensors(path, names):
             "Save or download it again."
         ) from None
     return tensors, config
+
+
+def checksum(content):
+    """SHA-256 of a JSON-able value, whatever its layout in a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_entry(path):

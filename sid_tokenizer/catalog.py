@@ -244,13 +244,22 @@ class ProductCatalog:
 
         Returns:
             `np.ndarray` (int64): the row of each SID, -1 where the catalog has none such. Shape: (n,).
+
+        Raises:
+            `ValueError`: if `sid_codes` has another number of columns than the catalog's.
         """
+        sid_codes = np.asarray(sid_codes)
+        if sid_codes.ndim != 2 or sid_codes.shape[1] != self.num_layers + 1:
+            raise ValueError(
+                f"sid_codes have shape {sid_codes.shape}, expected (n, {self.num_layers + 1}): a column per layer and one "
+                "for the suffix, -1 where a SID has none."
+            )
         if self._sid_index is None:
             keys = _row_keys(self.sid_codes)
             order = np.argsort(keys, kind="stable")
             self._sid_index = keys[order], order
         keys, order = self._sid_index
-        wanted = _row_keys(np.asarray(sid_codes))
+        wanted = _row_keys(sid_codes)
         position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[position] == wanted, order[position], -1).astype(np.int64)
 
@@ -276,6 +285,8 @@ class ProductCatalog:
             row has fewer products. Shape of both: (B, top_k).
         """
         sid_rows = np.asarray(sid_rows, dtype=np.int64)
+        if sid_rows.shape[1] == 0:
+            sid_rows = np.full((len(sid_rows), 1), -1)
         offsets = self.columns["sid_offsets"]
         safe = np.maximum(sid_rows, 0)
         sizes = np.where(sid_rows < 0, 0, offsets[safe + 1] - offsets[safe])
@@ -324,6 +335,9 @@ class ProductCatalog:
                 f"The catalog has format version {config.get('format_version')}, this version of rqsid reads "
                 f"{FORMAT_VERSION}. Build it again, or install the version that wrote it."
             )
+        missing = [key for key in ("codebook_sizes", "pruning", "suffix_size") if key not in config]
+        if missing:
+            raise ValueError(f"The catalog lacks {', '.join(missing)}: it was edited. Save or download it again.")
         catalog = cls(
             {name: tensor.numpy() for name, tensor in tensors.items()},
             config["codebook_sizes"],
@@ -371,6 +385,14 @@ class ProductCatalog:
                 raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}.")
         check_codes(columns["product_codes"], self.codebook_sizes)
         check_codes(columns["sid_codes"], [*self.codebook_sizes, max(1, self.suffix_size)])
+        kept = [
+            layer for layer in range(self.num_layers) if not self.pruning.num_pruned or layer != self.pruning.layer
+        ]
+        if (columns["sid_codes"][:, kept] < 0).any():
+            raise ValueError(
+                "Column sid_codes of the catalog holds absent codes in a layer that is not pruned, so that one SID could be "
+                "the beginning of another: the file was edited."
+            )
 
     def __repr__(self):
         return f"ProductCatalog({len(self)} products, {self.num_sids} SIDs, {self.pruning!r})"

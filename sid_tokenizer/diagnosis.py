@@ -274,7 +274,7 @@ def _layer_statistics(layer, counts, total, paths_used, paths_possible):
 def _verdict(layers, counts, weights):
     """
     An hourglass is a waist: middle layers less even than the ends, by more than 0.02 and by more than uniform codes in a
-    sample of this size show. A funnel narrows towards the end, a narrow top at the beginning.
+    sample of this size show. By the same margins a funnel narrows towards the end, a narrow top at the beginning.
     """
     evenness = np.array([layer.normalized_entropy for layer in layers if layer.present > 0])
     present = [layer.layer for layer in layers if layer.present > 0]
@@ -290,9 +290,10 @@ def _verdict(layers, counts, weights):
 
     if score < min(HOURGLASS_THRESHOLD, null_score):
         return score, null_score, "hourglass", present[1 + int(evenness[1:-1].argmin())]
-    if evenness[0] < evenness[1:].min() + HOURGLASS_THRESHOLD:
+    threshold = min(HOURGLASS_THRESHOLD, float(np.quantile(null.min(0) - null.max(0), 0.005)))
+    if evenness[0] < evenness[1:].min() + threshold:
         return score, null_score, "narrow top", present[0]
-    if evenness[-1] < evenness[0] + HOURGLASS_THRESHOLD and (np.diff(evenness) < 0.01).all():
+    if evenness[-1] < evenness[0] + threshold and (np.diff(evenness) < 0.01).all():
         return score, null_score, "funnel", present[-1]
     return score, null_score, "none", None
 

@@ -1,6 +1,6 @@
 """What a prompt looks like: which fields, in which order, with which words around them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 
@@ -67,15 +67,20 @@ class PromptTemplate:
         texts, history = [""], []
         for name in self.fields:
             value = example.get(name)
-            if value is None or len(value) == 0:
+            if value is None:
+                continue
+            if name == "history":
+                history = value = _product_list(value)
+            else:
+                value = flatten_text(name, value)
+            if len(value) == 0:
                 continue
             lead = self.separator if texts[-1] or len(texts) > 1 else ""
             texts[-1] += lead + self.label(name)
             if name == "history":
-                history = [value] if isinstance(value, str) else list(value)
                 texts.append("")
             else:
-                texts[-1] += flatten_text(name, value)
+                texts[-1] += value
         if texts == [""]:
             raise ValueError(
                 f"The example has none of the fields {self.fields} (found {sorted(example)}): there is nothing to build a "
@@ -87,6 +92,14 @@ class PromptTemplate:
     def to_dict(self):
         """JSON-able; `PromptTemplate(**content)` reads it."""
         return asdict(self)
+
+
+def _product_list(value):
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"Field 'history' must be a list of product ids, got {type(value).__name__}: {value!r}.")
+    return list(value)
 
 
 def flatten_text(name, value):

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from .diagnosis import check_weights
 from .quantizer import check_codes
 
 STRATEGIES = ("none", "top_k", "threshold", "drop_layer")
@@ -54,8 +55,8 @@ class TokenPruning:
                 )
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"layer={layer!r} must be a 0-based layer index, for instance 1 for the second layer.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f'top_k={top_k}: at least one code. To prune nothing use strategy="none".')
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f'top_k={top_k!r} must be a whole number from 1. To prune nothing use strategy="none".')
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"threshold={threshold} must lie in (0, 1]: it is a share of the items.")
         self.strategy, self.layer, self.top_k, self.threshold = strategy, layer, top_k, threshold
@@ -77,7 +78,9 @@ class TokenPruning:
             [`TokenPruning`]: itself.
 
         Raises:
-            `ValueError`: if the layer is the last or does not exist, or `top_k` exceeds its codebook.
+            `TypeError`: if the codes are not integers.
+            `ValueError`: if the layer is the last or does not exist, `top_k` exceeds its codebook, there is no item, or
+                `weights` has another length, a negative or non-finite entry, or no positive one.
         """
         codes = self._check(codes, codebook_sizes)
         size = codebook_sizes[self.layer] if self.strategy != "none" else 0
@@ -89,10 +92,9 @@ class TokenPruning:
         if self.strategy == "drop_layer":
             pruned[:] = True
         elif self.strategy != "none":
-            weights = np.ones(len(codes)) if weights is None else np.asarray(weights, dtype=np.float64)
-            if weights.shape != (len(codes),):
-                raise ValueError(f"weights have shape {weights.shape} for {len(codes)} rows of codes: one per row.")
-            counts = np.bincount(codes[:, self.layer], weights=weights, minlength=size)
+            if len(codes) == 0:
+                raise ValueError("codes hold no item to count frequencies by. Pass the codes of at least one product.")
+            counts = np.bincount(codes[:, self.layer], weights=check_weights(weights, len(codes)), minlength=size)
             descending = np.argsort(-counts, kind="stable")
             if self.strategy == "top_k":
                 num_pruned = self.top_k

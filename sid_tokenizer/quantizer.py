@@ -97,6 +97,17 @@ class ResidualQuantizer(PreTrainedModel):
         )
         self.config.embedding_dim = dim
 
+    def save_pretrained(self, *args, **kwargs):
+        self._require_fitted()
+        return super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # transformers makes every weight that it loads trainable.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).requires_grad_(False)
+        return loaded
+
     @property
     def codebook_sizes(self):
         return list(self.config.codebook_sizes)
@@ -105,6 +116,7 @@ class ResidualQuantizer(PreTrainedModel):
     def num_layers(self):
         return len(self.config.codebook_sizes)
 
+    @torch.no_grad()
     def fit(self, embeddings, show_progress_bar=False):
         """
         Fits all codebooks, layer by layer.
@@ -188,11 +200,13 @@ class ResidualQuantizer(PreTrainedModel):
             `np.ndarray` or `torch.Tensor`, as the input was: the reconstructed embeddings, float32. Shape: (N, D).
 
         Raises:
+            `TypeError`: if `codes` are not integers.
             `ValueError`: if `codes` has another number of layers, or a code lies outside its codebook.
         """
         self._require_fitted()
-        rows = torch.as_tensor(codes).to(device=self.codebooks[0].device, dtype=torch.int64)
+        rows = torch.as_tensor(codes)
         check_codes(rows, self.codebook_sizes)
+        rows = rows.to(device=self.codebooks[0].device, dtype=torch.int64)
         decoded = torch.zeros(len(rows), self.config.embedding_dim, device=rows.device)
         for layer, codebook in enumerate(self.codebooks):
             present = rows[:, layer] >= 0
@@ -201,6 +215,7 @@ class ResidualQuantizer(PreTrainedModel):
 
     forward = encode
 
+    @torch.no_grad()
     def relative_error(self, embeddings):
         """
         Squared error of the reconstruction as a share of the embeddings' variance: sum |x - decode(encode(x))|^2 over
@@ -258,8 +273,11 @@ def check_codes(codes, codebook_sizes):
             Codes of each layer.
 
     Raises:
+        `TypeError`: if the codes are not integers.
         `ValueError`: if the shape is not (N, L), or a code lies outside its codebook.
     """
+    if "int" not in str(codes.dtype):
+        raise TypeError(f"codes must be integers, got {codes.dtype}. Pass the codes as the quantizer gave them.")
     if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes):
         raise ValueError(
             f"codes have shape {tuple(codes.shape)}, but codebook_sizes={list(codebook_sizes)} says (N, "

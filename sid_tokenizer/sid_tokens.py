@@ -30,7 +30,7 @@ def layer_tokens(codebook_sizes, suffix_size=0, token_format=TOKEN_FORMAT):
     """
     try:
         first = [token_format.format(letter=letter, code=code) for letter in "ab" for code in (0, 1)]
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
             f"token_format={token_format!r} cannot be filled in ({error!r}); it takes the fields letter and code, as in "
             f"{TOKEN_FORMAT!r}."

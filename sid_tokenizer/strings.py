@@ -39,8 +39,14 @@ def pack_strings(strings):
         begins (int64, shape (n + 1,)).
 
     Raises:
+        `TypeError`: if an entry is not a string.
         `ValueError`: if a string cannot be written as UTF-8 (a lone surrogate).
     """
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(
+                f"{string!r} is {type(string).__name__}, not a string. Convert it, or pass an empty string."
+            )
     try:
         encoded = [string.encode() for string in strings]
     except UnicodeEncodeError as error:

@@ -44,7 +44,21 @@ class TextEncoder:
 
         Returns:
             `list[list[int]]`: token ids, never a blocked one.
+
+        Raises:
+            `TypeError`: if a text is not a string.
+            `ValueError`: if a text cannot be written as UTF-8 (a lone surrogate).
         """
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"Text must be a string, got {type(text).__name__}: {text!r}.")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"The text {text!r} cannot be written as UTF-8 ({error.reason}). Clean it, for instance with "
+                    'text.encode("utf-8", "replace").decode().'
+                ) from None
         encoded = [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
         if self.word_ids:
             encoded = [[self.word_ids.get(token, token) for token in ids] for ids in encoded]

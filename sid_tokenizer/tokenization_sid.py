@@ -1,6 +1,7 @@
 """A fast tokenizer that knows a catalog: products to SID tokens and back, prompts, and one bundle that holds it all."""
 
 import copy
+import hashlib
 import os
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from .bundle import check_file, file_entry, read_json, read_tensors, write_json, write_tensors
+from .bundle import check_file, checksum, file_entry, read_json, read_tensors, write_json, write_tensors
 from .catalog import ProductCatalog
 from .prompts import PromptTemplate
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
@@ -74,6 +75,11 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             }
             sid_parts = _read_parts(manifest_file, files)
         super().__init__(*args, **kwargs)
+        if self.eos_token != sid_parts["eos_token"]:
+            raise ValueError(
+                f"tokenizer_config.json gives the end token {self.eos_token!r}, {MANIFEST_FILE} {sid_parts['eos_token']!r}: "
+                "it is missing, was edited, or belongs to another save. Save or download the bundle again."
+            )
         self.catalog = sid_parts["catalog"]
         self.quantizer = sid_parts["quantizer"]
         self.prompt_template = sid_parts["prompt_template"]
@@ -83,6 +89,14 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.base_size = sid_parts["base_size"]
         self._history = sid_parts["history"]
         self._index_tokens()
+
+    @classmethod
+    def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
+        # transformers parses tokenizer.json before it calls __init__, and would not name a damaged one.
+        manifest = _read_manifest(resolved_vocab_files.get("manifest_file"))
+        if resolved_vocab_files.get("tokenizer_file") is not None:
+            check_file(resolved_vocab_files["tokenizer_file"], manifest["files"]["tokenizer.json"])
+        return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
@@ -172,6 +186,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 "token_format": token_format,
                 "layer_order": layer_order,
                 "base_size": len(base),
+                "eos_token": base.eos_token,
                 "history": [{"version": 1, "products": len(catalog), "sids": catalog.num_sids}],
             },
             **base.special_tokens_map,
@@ -186,15 +201,18 @@ class SIDTokenizer(PreTrainedTokenizerFast):
     def _index_tokens(self):
         """Arrays between codes and token ids, for whole batches at once."""
         layers = layer_tokens(self.catalog.codebook_sizes, self.catalog.suffix_size, self.token_format)
-        self._layer_token_ids = [
-            np.array([self._tokenizer.token_to_id(token) or 0 for token in tokens], dtype=np.int64)
-            for tokens in layers
-        ]
-        all_ids = np.concatenate(self._layer_token_ids)
-        if len(np.unique(all_ids)) != len(all_ids):
+        ids = [[self._tokenizer.token_to_id(token) for token in tokens] for tokens in layers]
+        if any(token_id is None for layer in ids for token_id in layer):
             raise ValueError(
                 "tokenizer.json lacks some of the catalog's SID tokens: the files belong to different saves. Save or "
                 "download the bundle again."
+            )
+        self._layer_token_ids = [np.array(layer, dtype=np.int64) for layer in ids]
+        all_ids = np.concatenate(self._layer_token_ids)
+        if len(np.unique(all_ids)) != len(all_ids):
+            raise ValueError(
+                f"token_format={self.token_format!r} gives the same token to different codes; use both {{letter}} and "
+                "{code}, and a character between them."
             )
         size = max(len(self), int(all_ids.max()) + 1)
         self._token_layer = np.full(size, -1, dtype=np.int64)
@@ -224,6 +242,18 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         """
         vocabulary = self.sid_vocabulary()
         return vocabulary[vocabulary >= self.base_size]
+
+    def codebook_fingerprint(self):
+        """
+        Returns:
+            `str`: 16 hexadecimal digits that change with the codebooks, or with the ids of the SID tokens. A model's rows
+            for SID tokens belong to one fingerprint.
+        """
+        digest = hashlib.sha256(np.concatenate(self._layer_token_ids).tobytes())
+        if self.quantizer is not None:
+            for codebook in self.quantizer.codebooks:
+                digest.update(codebook.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def sid_vocabulary(self):
         """
@@ -286,14 +316,15 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             `ValueError`: if the tokens are no SID of the catalog.
         """
         token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else list(token_ids)
-        if not token_ids or isinstance(token_ids[0], int):
+        if not token_ids or np.ndim(token_ids[0]) == 0:
             return self.decode_products([token_ids])[0]
         sid_rows = self.find_sids(token_ids)
         for row, ids in zip(sid_rows, token_ids, strict=True):
             if row < 0:
+                tokens = [self.convert_ids_to_tokens(int(i)) if 0 <= i < len(self) else int(i) for i in ids]
                 raise ValueError(
-                    f"{self.convert_ids_to_tokens(ids)} is no SID of the catalog. Generate with SIDLogitsProcessor or "
-                    "search(), which give no others."
+                    f"{tokens} is no SID of the catalog. Generate with SIDLogitsProcessor or search(), which give no "
+                    "others."
                 )
         return [self.catalog.product_ids(self.catalog.products_of(row)) for row in sid_rows]
 
@@ -355,13 +386,21 @@ class SIDTokenizer(PreTrainedTokenizerFast):
 
         Returns:
             `list[int]` or `list[list[int]]`: token ids, without begin and end tokens.
+
+        Raises:
+            `TypeError`: if a text is not a string.
+            `ValueError`: if a text cannot be written as UTF-8 (a lone surrogate).
         """
         if isinstance(texts, str):
             return self.encode_text([texts])[0]
         if self._text_encoder is None:
-            blocked = np.concatenate([self.sid_vocabulary().numpy(), self.all_special_ids]).astype(np.int64)
-            blocked = blocked[blocked != (-1 if self.unk_token_id is None else self.unk_token_id)]
-            self._text_encoder = TextEncoder(self._tokenizer, blocked)
+            added = self._tokenizer.get_added_tokens_decoder()
+            special = [token_id for token_id, token in added.items() if token.special]
+            blocked = {*self.sid_vocabulary().tolist(), *self.all_special_ids, *special}
+            # Text may hold unknown characters, unless the unknown token has a second office.
+            if self.unk_token_id not in (self.eos_token_id, self.bos_token_id):
+                blocked.discard(self.unk_token_id)
+            self._text_encoder = TextEncoder(self._tokenizer, np.array(sorted(blocked)))
         return self._text_encoder.encode_batch(texts)
 
     def encode_prompts(self, examples, max_length=None):
@@ -428,12 +467,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             "token_format": self.token_format,
             "layer_order": self.layer_order,
             "base_size": self.base_size,
+            "eos_token": self.eos_token,
             "products": len(self.catalog),
             "sids": self.catalog.num_sids,
             "history": self._history,
             "files": {name: file_entry(paths[name]) for name in written},
         }
-        write_json(paths[MANIFEST_FILE], manifest)
+        write_json(paths[MANIFEST_FILE], manifest | {"checksum": checksum(manifest)})
         return (*file_names, *(paths[name] for name in [*written, MANIFEST_FILE] if name != "tokenizer.json"))
 
 
@@ -460,12 +500,10 @@ def _check_layer_order(layer_order, catalog):
     return layer_order
 
 
-def _read_parts(manifest_file, files):
+def _read_manifest(manifest_file):
     """
-    Reads and checks the files of a bundle.
-
     Raises:
-        `ValueError`: naming the file that is missing, truncated, edited, or does not fit the others.
+        `ValueError`: if the manifest is missing, of another format version, truncated or edited.
     """
     if manifest_file is None:
         raise ValueError(
@@ -478,13 +516,31 @@ def _read_parts(manifest_file, files):
             f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
             f"{FORMAT_VERSION}. Install the version that wrote it."
         )
-    required = ["codebook_sizes", "suffix_size", "token_format", "layer_order", "base_size", "products", "sids"]
-    required += ["history", "files"]
+    required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size", "eos_token"]
+    required += ["products", "sids", "history", "files", "checksum"]
     missing = [key for key in required if key not in manifest]
+    missing += [
+        name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in manifest.get("files", ())
+    ]
     if missing:
         raise ValueError(
             f"{MANIFEST_FILE} lacks {', '.join(missing)}: it was edited. Save or download the bundle again."
         )
+    if manifest.pop("checksum") != checksum(manifest):
+        raise ValueError(
+            f"{MANIFEST_FILE} does not match its own checksum: it was edited. Save or download the bundle again."
+        )
+    return manifest
+
+
+def _read_parts(manifest_file, files):
+    """
+    Reads and checks the files of a bundle.
+
+    Raises:
+        `ValueError`: naming the file that is missing, truncated, edited, or does not fit the others.
+    """
+    manifest = _read_manifest(manifest_file)
     for name, entry in manifest["files"].items():
         if files.get(name) is None:
             raise ValueError(f"{name} is missing though {MANIFEST_FILE} names it. Save or download the bundle again.")
@@ -493,7 +549,7 @@ def _read_parts(manifest_file, files):
     # The files are what was saved together; what follows guards against a manifest that was edited as well.
     catalog = ProductCatalog.load(files[CATALOG_FILE])
     found = {"codebook_sizes": catalog.codebook_sizes, "suffix_size": catalog.suffix_size}
-    found |= {"products": len(catalog), "sids": catalog.num_sids}
+    found |= {"products": len(catalog), "sids": catalog.num_sids, "pruning": catalog.pruning.to_dict()}
     for key, value in found.items():
         if manifest[key] != value:
             raise ValueError(
@@ -503,14 +559,19 @@ def _read_parts(manifest_file, files):
     if CODEBOOK_FILE in manifest["files"]:
         quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
     prompt = read_json(files[PROMPT_FILE])
+    try:
+        prompt_template, prompt_prefix = PromptTemplate(**prompt["template"]), list(prompt["prefix"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
     return {
         "catalog": catalog,
         "quantizer": quantizer,
-        "prompt_template": PromptTemplate(**prompt["template"]),
-        "prompt_prefix": prompt["prefix"],
+        "prompt_template": prompt_template,
+        "prompt_prefix": prompt_prefix,
         "token_format": manifest["token_format"],
         "layer_order": _check_layer_order(manifest["layer_order"], catalog),
         "base_size": manifest["base_size"],
+        "eos_token": manifest["eos_token"],
         "history": manifest["history"],
     }
 
@@ -521,6 +582,9 @@ def _read_codebook(path, codebook_sizes):
         raise ValueError(
             f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
         )
+    missing = [name for name in _CODEBOOK_CONFIG if name not in config]
+    if missing:
+        raise ValueError(f"{CODEBOOK_FILE} lacks {', '.join(missing)}: it was edited.")
     quantizer = ResidualQuantizer(ResidualQuantizerConfig(**{name: config[name] for name in _CODEBOOK_CONFIG}))
     for layer, parameter in enumerate(quantizer.codebooks):
         tensor = tensors[f"codebook_{layer}"]
@@ -529,6 +593,8 @@ def _read_codebook(path, codebook_sizes):
                 f"Codebook {layer} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected "
                 f"{tuple(parameter.shape)} of floating point. Save or download the bundle again."
             )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"Codebook {layer} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
         parameter.data = tensor.clone()
     return quantizer
 

@@ -215,4 +215,23 @@ def test_bad_arguments_change_nothing(base_tokenizer, catalog, sid_tokenizer, ma
     with pytest.raises(ValueError, match='needs a tokenizer with a quantizer.*init="noise"'):
         initialize_sid_rows(model, SIDTokenizer.from_base(base_tokenizer, catalog), init="codebook")
     assert model.get_input_embeddings().num_embeddings == sid_tokenizer.base_size
-    assert not hasattr(model.config, "sid_rows")
+    assert not hasattr(model.config, "sid_codebook")
+
+
+@one_family
+def test_rows_of_other_codebooks_are_neither_kept_nor_overwritten(
+    base_tokenizer, catalog, quantizer, sid_tokenizer, make_tiny_model
+):
+    model = make_tiny_model(sid_tokenizer.base_size)
+    initialize_sid_rows(model, sid_tokenizer)
+    before = matrices_of(model)[0].clone()
+    other = ResidualQuantizer(quantizer.config)
+    other._make_codebooks(8)
+    for codebook, original in zip(other.codebooks, quantizer.codebooks, strict=True):
+        codebook.data = original + 1
+    other_tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, other)
+    with pytest.raises(ValueError, match="rows for the SID tokens of codebook .* the tokenizer has codebook"):
+        initialize_sid_rows(model, other_tokenizer)
+    assert torch.equal(matrices_of(model)[0], before)
+    model.config.sid_codebook = None
+    assert initialize_sid_rows(model, other_tokenizer) is True

@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 
 from rqsid import (
@@ -21,15 +20,6 @@ from rqsid import (
 NUM_PRODUCTS = 40
 CODEBOOK_SIZES = [8, 8, 8]
 QUERIES = ["potato chips", "fresh milk", "orange juice", "frozen pizza", "cookies", "tissue", "bottle", "family pack"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost tiny models ten times what they save, on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")
