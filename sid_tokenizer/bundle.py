@@ -1,137 +1,180 @@
-"""Reading and writing the files of a bundle: whole or not at all, and checked before they are trusted."""
+"""The bundle: what a SIDTokenizer saves beside the tokenizer's own files, and checks when it loads."""
 
-import hashlib
-import json
 import os
-import tempfile
-from contextlib import contextmanager
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from .catalog import ProductCatalog
+from .files import check_file, checksum, file_entry, read_json, read_tensors, write_json, write_tensors
+from .prompts import PromptTemplate
+from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "sid_manifest.json"
+CATALOG_FILE = "sid_catalog.safetensors"
+CODEBOOK_FILE = "sid_codebook.safetensors"
+PROMPT_FILE = "sid_prompt.json"
+CODEBOOK_CONFIG = ("codebook_sizes", "embedding_dim", "num_iterations", "relocation_threshold", "seed")
 
 
-@contextmanager
-def replace_atomically(path):
+def write_bundle(tokenizer, save_directory):
     """
-    Yields a temporary name beside `path`; what was written there takes the place of `path` when the block ends without
-    an error, and is removed otherwise.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a model folder is usually shared.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
-def write_json(path, content):
-    with replace_atomically(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
-            file.write("\n")
-
-
-def read_json(path, max_bytes=64 * 2**20):
-    name = os.path.basename(path)
-    if os.path.getsize(path) > max_bytes:
-        raise ValueError(f"{name} holds {os.path.getsize(path)} bytes, more than the {max_bytes} that are accepted.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save it again."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} must hold a JSON object, found {type(content).__name__}. Save it again.")
-    return content
-
-
-def write_tensors(path, arrays, config):
-    """
-    Writes numpy arrays or tensors and a JSON-able `config` into one safetensors file.
-    """
-    tensors = {
-        name: torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array.contiguous()
-        for name, array in arrays.items()
-    }
-    with replace_atomically(path) as temporary:
-        # One entry of metadata: safetensors writes several in random order, and equal content should make equal files.
-        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
-
-
-def read_tensors(path, names):
-    """
-    Opens a file of [`write_tensors`] memory-mapped.
+    Writes catalog, codebooks, prompt template and, last, the manifest; `tokenizer.json` must be there already.
 
     Args:
-        path (`str`):
-            The file.
-        names (`list[str]`):
-            The tensors that the file must hold.
+        tokenizer ([`SIDTokenizer`]):
+            What to save.
+        save_directory (`str`):
+            An existing folder.
 
     Returns:
-        `tuple[dict[str, torch.Tensor], dict]`: the tensors, which live in the mapped file, and the config.
+        `list[str]`: the files written.
+    """
+    catalog, quantizer = tokenizer.catalog, tokenizer.quantizer
+    names = ["tokenizer.json", CATALOG_FILE, PROMPT_FILE] + ([] if quantizer is None else [CODEBOOK_FILE])
+    paths = {name: os.path.join(save_directory, name) for name in [*names, MANIFEST_FILE]}
+    catalog.save(paths[CATALOG_FILE])
+    write_json(
+        paths[PROMPT_FILE], {"template": tokenizer.prompt_template.to_dict(), "prefix": tokenizer.prompt_prefix}
+    )
+    if quantizer is not None:
+        codebooks = {f"codebook_{layer}": codebook.data for layer, codebook in enumerate(quantizer.codebooks)}
+        config = {name: getattr(quantizer.config, name) for name in CODEBOOK_CONFIG}
+        write_tensors(paths[CODEBOOK_FILE], codebooks, config)
+    # The manifest comes last: a folder without it, or with one that names other hashes, is no whole bundle.
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "codebook_sizes": catalog.codebook_sizes,
+        "suffix_size": catalog.suffix_size,
+        "pruning": catalog.pruning.to_dict(),
+        "token_format": tokenizer.token_format,
+        "layer_order": tokenizer.layer_order,
+        "base_size": tokenizer.base_size,
+        "eos_token": tokenizer.eos_token,
+        "products": len(catalog),
+        "sids": catalog.num_sids,
+        "history": tokenizer.history,
+        "files": {name: file_entry(paths[name]) for name in names},
+    }
+    write_json(paths[MANIFEST_FILE], manifest | {"checksum": checksum(manifest)})
+    return [path for name, path in paths.items() if name != "tokenizer.json"]
+
+
+def read_manifest(manifest_file):
+    """
+    Raises:
+        `ValueError`: if the manifest is missing, of another format version, truncated or edited.
+    """
+    if manifest_file is None:
+        raise ValueError(
+            f"There is no {MANIFEST_FILE}: this is not a SIDTokenizer, or its save did not finish, since the manifest is "
+            "written last. Make a tokenizer with SIDTokenizer.from_base, or save or download the bundle again."
+        )
+    manifest = read_json(manifest_file)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
+            f"{FORMAT_VERSION}. Install the version that wrote it."
+        )
+    required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size", "eos_token"]
+    required += ["products", "sids", "history", "files", "checksum"]
+    missing = [key for key in required if key not in manifest]
+    missing += [
+        name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in manifest.get("files", ())
+    ]
+    if missing:
+        raise ValueError(
+            f"{MANIFEST_FILE} lacks {', '.join(missing)}: it was edited. Save or download the bundle again."
+        )
+    if manifest.pop("checksum") != checksum(manifest):
+        raise ValueError(
+            f"{MANIFEST_FILE} does not match its own checksum: it was edited. Save or download the bundle again."
+        )
+    return manifest
+
+
+def read_bundle(manifest_file, files):
+    """
+    Reads and checks the files of a bundle.
 
     Raises:
-        `ValueError`: if the file is truncated, is not safetensors, or lacks a tensor or its config.
+        `ValueError`: naming the file that is missing, truncated, edited, or does not fit the others.
     """
-    file_name = os.path.basename(path)
+    manifest = read_manifest(manifest_file)
+    for name, entry in manifest["files"].items():
+        if files.get(name) is None:
+            raise ValueError(f"{name} is missing though {MANIFEST_FILE} names it. Save or download the bundle again.")
+        check_file(files[name], entry)
+
+    # The files are what was saved together; what follows guards against a manifest that was edited as well.
+    catalog = ProductCatalog.load(files[CATALOG_FILE])
+    found = {"codebook_sizes": catalog.codebook_sizes, "suffix_size": catalog.suffix_size}
+    found |= {"products": len(catalog), "sids": catalog.num_sids, "pruning": catalog.pruning.to_dict()}
+    for key, value in found.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{MANIFEST_FILE} says {key}={manifest[key]}, {CATALOG_FILE} {value}. Save the bundle again."
+            )
+    quantizer = None
+    if CODEBOOK_FILE in manifest["files"]:
+        quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
+    prompt = read_json(files[PROMPT_FILE])
     try:
-        with safe_open(path, framework="pt") as file:
-            missing = sorted(set(names) - set(file.keys()))
-            if missing:
-                raise ValueError(
-                    f"{file_name} lacks {', '.join(missing)}: it was written by another version or edited."
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-            config = json.loads((file.metadata() or {})["config"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        prompt_template, prompt_prefix = PromptTemplate(**prompt["template"]), list(prompt["prefix"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
+    return {
+        "catalog": catalog,
+        "quantizer": quantizer,
+        "prompt_template": prompt_template,
+        "prompt_prefix": prompt_prefix,
+        "token_format": manifest["token_format"],
+        "layer_order": check_layer_order(manifest["layer_order"], catalog),
+        "base_size": manifest["base_size"],
+        "eos_token": manifest["eos_token"],
+        "history": manifest["history"],
+    }
+
+
+def _read_codebook(path, codebook_sizes):
+    tensors, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
+    if config.get("codebook_sizes") != codebook_sizes:
         raise ValueError(
-            f"{file_name} is not a readable safetensors file of a bundle ({error}): it is truncated or was edited. "
-            "Save or download it again."
-        ) from None
-    return tensors, config
+            f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
+        )
+    missing = [name for name in CODEBOOK_CONFIG if name not in config]
+    if missing:
+        raise ValueError(f"{CODEBOOK_FILE} lacks {', '.join(missing)}: it was edited.")
+    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**{name: config[name] for name in CODEBOOK_CONFIG}))
+    for layer, parameter in enumerate(quantizer.codebooks):
+        tensor = tensors[f"codebook_{layer}"]
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"Codebook {layer} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                f"{tuple(parameter.shape)} of floating point. Save or download the bundle again."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"Codebook {layer} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
+        parameter.data = tensor.clone()
+    return quantizer
 
 
-def checksum(content):
-    """SHA-256 of a JSON-able value, whatever its layout in a file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_entry(path):
-    """Size in bytes and SHA-256 of a file, as a manifest holds them."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": os.path.getsize(path), "sha256": digest}
-
-
-def check_file(path, entry):
+def check_layer_order(layer_order, catalog):
     """
+    Returns:
+        `list[int]`: the layers in the order of a SID's tokens; the quantizer's order if `None` was given.
+
     Raises:
-        `ValueError`: if the file differs from the manifest's `entry` in size or content.
+        `ValueError`: if a layer is missing, or one SID would be the beginning of another.
     """
-    name = os.path.basename(path)
-    size = os.path.getsize(path)
-    if size != entry["bytes"]:
+    if layer_order is None:
+        return list(range(catalog.num_layers))
+    layer_order = [int(layer) for layer in layer_order]
+    if sorted(layer_order) != list(range(catalog.num_layers)):
+        raise ValueError(f"layer_order={layer_order} must name each of the {catalog.num_layers} layers once.")
+    if catalog.pruning.num_pruned and layer_order[-1] == catalog.pruning.layer:
         raise ValueError(
-            f"{name} holds {size} bytes, the manifest says {entry['bytes']}: the file is truncated or belongs to another "
-            "save. Save or download the bundle again."
+            f"layer_order={layer_order} ends with layer {catalog.pruning.layer}, some of whose codes are pruned: one SID "
+            "could be the beginning of another. Put another layer last."
         )
-    if file_entry(path)["sha256"] != entry["sha256"]:
-        raise ValueError(
-            f"{name} differs from the file that the manifest describes (SHA-256): it was edited or belongs to another "
-            "save. Save or download the bundle again."
-        )
+    return layer_order

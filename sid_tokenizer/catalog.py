@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from .bundle import read_tensors, write_tensors
+from .checks import check_codes
+from .files import read_tensors, write_tensors
 from .pruning import TokenPruning
-from .quantizer import check_codes
 from .strings import check_product_ids, hash_rows, pack_strings, search_strings, unpack_strings
 
 FORMAT_VERSION = 1

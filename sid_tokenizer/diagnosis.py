@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from .quantizer import ResidualQuantizer, ResidualQuantizerConfig, check_codes
+from .checks import check_codes, check_weights
+from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
 from .sid_tokens import layer_letter
 
 HOURGLASS_THRESHOLD = -0.02
@@ -224,26 +225,6 @@ def diagnose(codes, codebook_sizes, weights=None, embeddings=None):
         quantizer = ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes=list(codebook_sizes))).fit(embeddings)
         diagnosis.better_optimum = diagnose(quantizer.encode(embeddings), codebook_sizes, weights)
     return diagnosis
-
-
-def check_weights(weights, num_items):
-    """
-    Returns:
-        `np.ndarray` (float64): the weights, or ones if `None` was given. Shape: (N,).
-
-    Raises:
-        `ValueError`: as [`diagnose`] says.
-    """
-    if weights is None:
-        return np.ones(num_items)
-    weights = np.asarray(weights, dtype=np.float64)
-    if weights.shape != (num_items,):
-        raise ValueError(
-            f"weights have shape {weights.shape}, but there are {num_items} items: pass one weight per item."
-        )
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError("weights must be finite, not negative, and not all zero; pass counts such as purchases.")
-    return weights
 
 
 def _layer_statistics(layer, counts, total, paths_used, paths_possible):

@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from .diagnosis import check_weights
-from .quantizer import check_codes
+from .checks import check_codes, check_weights
 
 STRATEGIES = ("none", "top_k", "threshold", "drop_layer")
 

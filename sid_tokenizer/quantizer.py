@@ -6,6 +6,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .checks import check_codes
 from .kmeans import CHUNK_ROWS, kmeans, nearest_codes
 
 
@@ -263,31 +264,3 @@ class ResidualQuantizer(PreTrainedModel):
                     "again."
                 )
         return points
-
-
-def check_codes(codes, codebook_sizes):
-    """
-    Args:
-        codes (`np.ndarray` or `torch.Tensor`): Shape: (N, L). -1 stands for a layer that is absent.
-        codebook_sizes (`list[int]`):
-            Codes of each layer.
-
-    Raises:
-        `TypeError`: if the codes are not integers.
-        `ValueError`: if the shape is not (N, L), or a code lies outside its codebook.
-    """
-    if "int" not in str(codes.dtype):
-        raise TypeError(f"codes must be integers, got {codes.dtype}. Pass the codes as the quantizer gave them.")
-    if codes.ndim != 2 or codes.shape[1] != len(codebook_sizes):
-        raise ValueError(
-            f"codes have shape {tuple(codes.shape)}, but codebook_sizes={list(codebook_sizes)} says (N, "
-            f"{len(codebook_sizes)}): one column per layer."
-        )
-    for layer, size in enumerate(codebook_sizes):
-        column = codes[:, layer]
-        if len(column) and (int(column.min()) < -1 or int(column.max()) >= size):
-            bad = int(column.min()) if int(column.min()) < -1 else int(column.max())
-            raise ValueError(
-                f"Layer {layer} holds the code {bad}, outside its codebook of {size} codes (0 to {size - 1}; -1 for an "
-                "absent layer). Pass the codes and the codebook_sizes of the same quantizer."
-            )

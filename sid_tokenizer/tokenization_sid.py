@@ -2,25 +2,26 @@
 
 import copy
 import hashlib
-import os
 
 import numpy as np
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from .bundle import check_file, checksum, file_entry, read_json, read_tensors, write_json, write_tensors
-from .catalog import ProductCatalog
+from .bundle import (
+    CATALOG_FILE,
+    CODEBOOK_FILE,
+    MANIFEST_FILE,
+    PROMPT_FILE,
+    check_layer_order,
+    read_bundle,
+    read_manifest,
+    write_bundle,
+)
+from .files import check_file
 from .prompts import PromptTemplate
-from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
 from .sid_tokens import TOKEN_FORMAT, layer_tokens
 from .text_encoding import TextEncoder
-
-FORMAT_VERSION = 1
-MANIFEST_FILE = "sid_manifest.json"
-CATALOG_FILE = "sid_catalog.safetensors"
-CODEBOOK_FILE = "sid_codebook.safetensors"
-PROMPT_FILE = "sid_prompt.json"
 
 
 class SIDTokenizer(PreTrainedTokenizerFast):
@@ -73,7 +74,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 CODEBOOK_FILE: codebook_file,
                 PROMPT_FILE: prompt_file,
             }
-            sid_parts = _read_parts(manifest_file, files)
+            sid_parts = read_bundle(manifest_file, files)
         super().__init__(*args, **kwargs)
         if self.eos_token != sid_parts["eos_token"]:
             raise ValueError(
@@ -87,13 +88,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.token_format = sid_parts["token_format"]
         self.layer_order = sid_parts["layer_order"]
         self.base_size = sid_parts["base_size"]
-        self._history = sid_parts["history"]
+        self.history = sid_parts["history"]
         self._index_tokens()
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
         # transformers parses tokenizer.json before it calls __init__, and would not name a damaged one.
-        manifest = _read_manifest(resolved_vocab_files.get("manifest_file"))
+        manifest = read_manifest(resolved_vocab_files.get("manifest_file"))
         if resolved_vocab_files.get("tokenizer_file") is not None:
             check_file(resolved_vocab_files["tokenizer_file"], manifest["files"]["tokenizer.json"])
         return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
@@ -156,7 +157,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             )
         if quantizer is not None and len(quantizer.codebooks) == 0:
             raise ValueError("The quantizer is not fitted. Call fit(embeddings) first, or leave it out.")
-        layer_order = _check_layer_order(layer_order, catalog)
+        layer_order = check_layer_order(layer_order, catalog)
 
         backend = copy.deepcopy(base.backend_tokenizer)
         tokens = [
@@ -450,153 +451,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         if filename_prefix:
             raise ValueError(f"filename_prefix={filename_prefix!r}: the files of a bundle have fixed names.")
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        paths = {name: os.path.join(save_directory, name) for name in self.vocab_files_names.values()}
-        self.catalog.save(paths[CATALOG_FILE])
-        write_json(paths[PROMPT_FILE], {"template": self.prompt_template.to_dict(), "prefix": self.prompt_prefix})
-        if self.quantizer is not None:
-            config = self.quantizer.config
-            codebooks = {f"codebook_{layer}": codebook.data for layer, codebook in enumerate(self.quantizer.codebooks)}
-            write_tensors(paths[CODEBOOK_FILE], codebooks, {name: getattr(config, name) for name in _CODEBOOK_CONFIG})
-        # The manifest is written last: a folder without it, or with one that names other hashes, is no whole bundle.
-        written = [name for name in paths if name != MANIFEST_FILE and (name != CODEBOOK_FILE or self.quantizer)]
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "codebook_sizes": self.catalog.codebook_sizes,
-            "suffix_size": self.catalog.suffix_size,
-            "pruning": self.catalog.pruning.to_dict(),
-            "token_format": self.token_format,
-            "layer_order": self.layer_order,
-            "base_size": self.base_size,
-            "eos_token": self.eos_token,
-            "products": len(self.catalog),
-            "sids": self.catalog.num_sids,
-            "history": self._history,
-            "files": {name: file_entry(paths[name]) for name in written},
-        }
-        write_json(paths[MANIFEST_FILE], manifest | {"checksum": checksum(manifest)})
-        return (*file_names, *(paths[name] for name in [*written, MANIFEST_FILE] if name != "tokenizer.json"))
-
-
-_CODEBOOK_CONFIG = ("codebook_sizes", "embedding_dim", "num_iterations", "relocation_threshold", "seed")
+        return (*file_names, *write_bundle(self, save_directory))
 
 
 def _ragged(sequences):
     """Rows of a -1-padded matrix as lists."""
     lengths = (sequences >= 0).sum(1).tolist()
     return [row[:length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
-
-
-def _check_layer_order(layer_order, catalog):
-    if layer_order is None:
-        return list(range(catalog.num_layers))
-    layer_order = [int(layer) for layer in layer_order]
-    if sorted(layer_order) != list(range(catalog.num_layers)):
-        raise ValueError(f"layer_order={layer_order} must name each of the {catalog.num_layers} layers once.")
-    if catalog.pruning.num_pruned and layer_order[-1] == catalog.pruning.layer:
-        raise ValueError(
-            f"layer_order={layer_order} ends with layer {catalog.pruning.layer}, some of whose codes are pruned: one SID "
-            "could be the beginning of another. Put another layer last."
-        )
-    return layer_order
-
-
-def _read_manifest(manifest_file):
-    """
-    Raises:
-        `ValueError`: if the manifest is missing, of another format version, truncated or edited.
-    """
-    if manifest_file is None:
-        raise ValueError(
-            f"There is no {MANIFEST_FILE}: this is not a SIDTokenizer, or its save did not finish, since the manifest is "
-            "written last. Make a tokenizer with SIDTokenizer.from_base, or save or download the bundle again."
-        )
-    manifest = read_json(manifest_file)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
-            f"{FORMAT_VERSION}. Install the version that wrote it."
-        )
-    required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size", "eos_token"]
-    required += ["products", "sids", "history", "files", "checksum"]
-    missing = [key for key in required if key not in manifest]
-    missing += [
-        name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in manifest.get("files", ())
-    ]
-    if missing:
-        raise ValueError(
-            f"{MANIFEST_FILE} lacks {', '.join(missing)}: it was edited. Save or download the bundle again."
-        )
-    if manifest.pop("checksum") != checksum(manifest):
-        raise ValueError(
-            f"{MANIFEST_FILE} does not match its own checksum: it was edited. Save or download the bundle again."
-        )
-    return manifest
-
-
-def _read_parts(manifest_file, files):
-    """
-    Reads and checks the files of a bundle.
-
-    Raises:
-        `ValueError`: naming the file that is missing, truncated, edited, or does not fit the others.
-    """
-    manifest = _read_manifest(manifest_file)
-    for name, entry in manifest["files"].items():
-        if files.get(name) is None:
-            raise ValueError(f"{name} is missing though {MANIFEST_FILE} names it. Save or download the bundle again.")
-        check_file(files[name], entry)
-
-    # The files are what was saved together; what follows guards against a manifest that was edited as well.
-    catalog = ProductCatalog.load(files[CATALOG_FILE])
-    found = {"codebook_sizes": catalog.codebook_sizes, "suffix_size": catalog.suffix_size}
-    found |= {"products": len(catalog), "sids": catalog.num_sids, "pruning": catalog.pruning.to_dict()}
-    for key, value in found.items():
-        if manifest[key] != value:
-            raise ValueError(
-                f"{MANIFEST_FILE} says {key}={manifest[key]}, {CATALOG_FILE} {value}. Save the bundle again."
-            )
-    quantizer = None
-    if CODEBOOK_FILE in manifest["files"]:
-        quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
-    prompt = read_json(files[PROMPT_FILE])
-    try:
-        prompt_template, prompt_prefix = PromptTemplate(**prompt["template"]), list(prompt["prefix"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
-    return {
-        "catalog": catalog,
-        "quantizer": quantizer,
-        "prompt_template": prompt_template,
-        "prompt_prefix": prompt_prefix,
-        "token_format": manifest["token_format"],
-        "layer_order": _check_layer_order(manifest["layer_order"], catalog),
-        "base_size": manifest["base_size"],
-        "eos_token": manifest["eos_token"],
-        "history": manifest["history"],
-    }
-
-
-def _read_codebook(path, codebook_sizes):
-    tensors, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
-    if config.get("codebook_sizes") != codebook_sizes:
-        raise ValueError(
-            f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
-        )
-    missing = [name for name in _CODEBOOK_CONFIG if name not in config]
-    if missing:
-        raise ValueError(f"{CODEBOOK_FILE} lacks {', '.join(missing)}: it was edited.")
-    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**{name: config[name] for name in _CODEBOOK_CONFIG}))
-    for layer, parameter in enumerate(quantizer.codebooks):
-        tensor = tensors[f"codebook_{layer}"]
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"Codebook {layer} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected "
-                f"{tuple(parameter.shape)} of floating point. Save or download the bundle again."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"Codebook {layer} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
-        parameter.data = tensor.clone()
-    return quantizer
 
 
 SIDTokenizer.register_for_auto_class()

@@ -40,12 +40,16 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
         namespace["model"], namespace["tokenizer"], [{"history": product_ids[:3], "query": "potato chips"}], top_k=10
     )
     assert len(found[0]) == 10 and {"product_id", "sid", "score"} <= set(found[0][0])
-    assert all(namespace["tokenizer"].decode_products(namespace["sequences"][:, namespace["inputs"]["input_ids"].shape[1] :]))
+    assert all(
+        namespace["tokenizer"].decode_products(namespace["sequences"][:, namespace["inputs"]["input_ids"].shape[1] :])
+    )
 
 
 def test_the_files_it_names_are_there():
     text = README.read_text(encoding="utf-8")
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(r"`(examples/[^`]+)`", text) + ["CITATION.cff"]:
+    for path in (
+        re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(r"`(examples/[^`]+)`", text) + ["CITATION.cff"]
+    ):
         assert (README.parent / path).exists(), path
 
 

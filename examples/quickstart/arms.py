@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
+from rqsid import PromptTemplate, SIDTrainer, SIDTrainingArguments
 
 
 @dataclass
@@ -28,10 +28,20 @@ class Arm:
     rankings: dict
 
 
-def train_base_tokenizer(texts, vocab_size=2000):
-    """A small byte-level BPE of the catalogue's own text; real checkpoints bring theirs."""
+def train_base_tokenizer(texts, vocab_size=4000):
+    """
+    A small byte-level BPE of the prompts' text; real checkpoints bring theirs.
+
+    Text is cut at commas, colons and line ends only, so that a frequent phrase ("potato chips", "age 35-44") becomes one
+    token: prompts are a third shorter than with words, and so is the training.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[,:\n]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -43,9 +53,11 @@ def train_base_tokenizer(texts, vocab_size=2000):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def make_tokenizer(arguments, texts, catalog, quantizer):
-    base = AutoTokenizer.from_pretrained(arguments.model) if arguments.model else train_base_tokenizer(texts)
-    return SIDTokenizer.from_base(base, catalog, quantizer)
+def make_base_tokenizer(arguments, train):
+    if arguments.model:
+        return AutoTokenizer.from_pretrained(arguments.model)
+    examples = train.select(range(min(20_000, len(train)))).select_columns(["profile", "query"]).to_list()
+    return train_base_tokenizer(PromptTemplate().split(example)[0] for example in examples)
 
 
 def make_model(arguments, tokenizer):
@@ -60,7 +72,8 @@ def make_model(arguments, tokenizer):
         num_hidden_layers=arguments.num_layers,
         num_attention_heads=arguments.hidden_size // 32,
         max_position_embeddings=512,
-        attention_dropout=0.0,
+        # The default, 0.02, is meant for wide models; a narrow one would hardly learn in so few steps.
+        initializer_range=arguments.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -79,6 +92,7 @@ def train_arm(name, arguments, tokenizer, purchases):
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.01,
+        adam_beta2=0.98,
         num_train_epochs=arguments.epochs,
         eval_strategy="epoch",
         save_strategy="no",

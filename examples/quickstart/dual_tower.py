@@ -164,7 +164,6 @@ def train_dual_tower(
             use_cpu=True,
             save_strategy="no",
             logging_strategy="no",
-            disable_tqdm=True,
             report_to="none",
         )
         trainer = SentenceTransformerTrainer(

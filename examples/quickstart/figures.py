@@ -30,6 +30,7 @@ def draw_layers(diagnoses, path):
             axis.set_yscale("symlog", linthresh=1)
             axis.set_title(f"layer {layer.name}", fontsize=10)
             axis.set_xlabel("code, by frequency")
+            axis.sharey(axes[0])
         evenness = [layer.normalized_entropy for layer in diagnosis.layers]
         axes[-1].plot(evenness, range(len(evenness)), "o-", color=colour, label=label)
     axes[0].set_ylabel("products")

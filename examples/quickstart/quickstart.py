@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import evaluate
 import numpy as np
-from arms import head_codes, make_tokenizer, rank_test_rows, train_arm, unconstrained_invalid_rate
+from arms import head_codes, make_base_tokenizer, rank_test_rows, train_arm, unconstrained_invalid_rate
 from baselines import dual_tower_top_k, household_frequent_for_query, most_popular, most_popular_for_query
 from dual_tower import duplicate_share, embed_products, embed_queries, load_embeddings, train_dual_tower
 from figures import draw_layers, draw_results
@@ -29,6 +29,7 @@ from rqsid import (
     ProductCatalog,
     ResidualQuantizer,
     ResidualQuantizerConfig,
+    SIDTokenizer,
     TokenPruning,
     diagnose,
     metric_path,
@@ -54,13 +55,17 @@ class QuickstartArguments:
     layer: int = field(default=1, metadata={"help": "Layer to prune, 0-based."})
     top_k: int | None = field(default=None, metadata={"help": "Codes to prune; a tenth of the codebook if not given."})
     threshold: float | None = field(default=None, metadata={"help": "Share p, with --strategy threshold."})
-    train_rows: int = field(default=24000, metadata={"help": "Training examples of the language model."})
+    purchase_rows: int = field(
+        default=100_000, metadata={"help": "Training examples drawn from the log, for the tower."}
+    )
+    max_history: int = field(default=10, metadata={"help": "Products in a history."})
+    train_rows: int = field(default=44000, metadata={"help": "Training examples of the language model."})
     test_rows: int = field(default=500, metadata={"help": "Test examples."})
     epochs: float = field(default=1.0, metadata={"help": "Epochs of the language model."})
     batch_size: int = field(default=32, metadata={"help": "Training batch."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the small Llama."})
-    num_layers: int = field(default=3, metadata={"help": "Layers of the small Llama."})
+    num_layers: int = field(default=2, metadata={"help": "Layers of the small Llama."})
     max_prompt_length: int = field(default=128, metadata={"help": "Longest prompt in tokens."})
     num_beams: int = field(default=100, metadata={"help": "Beams of the search in evaluation."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
@@ -75,13 +80,18 @@ def main():
     report = Report()
     report.add("# rqsid quick start")
 
-    with report.station(1, "Purchases", 20):
-        purchases = load_purchases(seed=arguments.seed)
+    with report.station(1, "Purchases", 10):
+        purchases = load_purchases(
+            seed=arguments.seed,
+            max_train=arguments.purchase_rows,
+            max_history=arguments.max_history,
+            same_type=int(0.8 * arguments.max_history),
+        )
         products, popularity = purchases.products, np.asarray(purchases.popularity)
         test = purchases.test.select(range(min(arguments.test_rows, len(purchases.test))))
         describe_purchases(report, purchases, test)
 
-    with report.station(2, "Embeddings", 60):
+    with report.station(2, "Embeddings", 45):
         tower = None
         if arguments.embeddings:
             embeddings = load_embeddings(arguments.embeddings, num_products=len(products))
@@ -93,7 +103,7 @@ def main():
             f"{duplicate_share(embeddings):.1%} of the products have an embedding identical to another's."
         )
 
-    with report.station(3, "Codebooks and diagnosis", 30):
+    with report.station(3, "Codebooks and diagnosis", 15):
         sizes = [arguments.codebook_size] * 3
         config = ResidualQuantizerConfig(codebook_sizes=sizes, seed=arguments.seed)
         quantizer = ResidualQuantizer(config).fit(embeddings, show_progress_bar=True)
@@ -102,7 +112,7 @@ def main():
         ).fit(embeddings, show_progress_bar=True)
         codes = quantizer.encode(embeddings)
         diagnosis = diagnose(codes, sizes)
-        plain_diagnosis = diagnose(plain.encode(embeddings), sizes)
+        plain_diagnosis = diagnose(plain.encode(embeddings), sizes, embeddings=embeddings)
         report.add(
             f"### With relocation of under-used codes (used below)\n\nRelative error "
             f"{quantizer.relative_error(embeddings):.4f}\n\n{diagnosis}\n\n### Plain random initialisation, for comparison"
@@ -111,7 +121,7 @@ def main():
         by_purchases = diagnose(codes, sizes, weights=popularity)
         report.add(f"\nWeighted by training purchases instead of products: {by_purchases.summary()}")
 
-    with report.station(4, "Pruning and catalogs", 10):
+    with report.station(4, "Pruning and catalogs", 5):
         pruning = TokenPruning(
             arguments.strategy, layer=arguments.layer, top_k=arguments.top_k, threshold=arguments.threshold
         ).fit(codes, sizes)
@@ -127,15 +137,15 @@ def main():
         )
         report.add("\n![tokens per layer](layers.png)")
 
-    with report.station(5, "Fine-tuning", 150):
-        texts = [*products["title"][:], *set(purchases.train["profile"][:]), *set(purchases.train["query"][:])]
+    with report.station(5, "Fine-tuning", 225):
+        base_tokenizer = make_base_tokenizer(arguments, purchases.train)
         trainers = {}
         for name, catalog in catalogs.items():
-            tokenizer = make_tokenizer(arguments, texts, catalog, quantizer)
+            tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, quantizer)
             trainers[name] = train_arm(name, arguments, tokenizer, purchases)
             describe_training(report, name, trainers[name])
 
-    with report.station(6, "Evaluation", 60):
+    with report.station(6, "Evaluation", 35):
         groups = test_groups(test, catalogs["full"], codes, popularity, arguments)
         arms = {name: rank_test_rows(name, trainer, test) for name, trainer in trainers.items()}
         ranked = {f"SID model, {name}": arm.rankings["predictions"] for name, arm in arms.items()}
@@ -149,7 +159,7 @@ def main():
         results = score(arms, ranked, test, groups)
         describe_results(report, arms, ranked, results, test, groups, ceilings, arguments)
 
-    with report.station(7, "A fresh process", 25):
+    with report.station(7, "A fresh process", 20):
         example = {name: test[0][name] for name in ("profile", "history", "query")}
         reload_and_search(report, arms["pruned"], example, arguments)
 
@@ -170,6 +180,8 @@ def describe_purchases(report, purchases, test):
     )
     example = purchases.train[0]
     report.add(
+        "A history holds products of earlier baskets: most places go to what the household bought of the query's type, "
+        "however long ago, the others to its latest purchases.\n\n"
         f"For example: profile *{example['profile']}*, {len(example['history'])} products of earlier baskets, query "
         f"*{example['query']}* -> product {example['product']}"
     )

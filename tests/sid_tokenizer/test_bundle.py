@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from rqsid import SIDTokenizer
-from rqsid.sid_tokenizer import bundle, tokenization_sid
-from rqsid.sid_tokenizer.bundle import (
+from rqsid import PromptTemplate, SIDTokenizer
+from rqsid.sid_tokenizer import bundle, files
+from rqsid.sid_tokenizer.files import (
     check_file,
     checksum,
     file_entry,
@@ -42,7 +42,7 @@ def bundles(tmp_path_factory, make_parts):
     folders = []
     for seed, end in enumerate(["</s>", "<end>"]):
         _, quantizer, catalog = make_parts(seed=seed)
-        template = tokenization_sid.PromptTemplate(answer=f"Answer {seed}:")
+        template = PromptTemplate(answer=f"Answer {seed}:")
         tokenizer = SIDTokenizer.from_base(small_base(end), catalog, quantizer, prompt_template=template)
         folders.append(tmp_path_factory.mktemp("bundle"))
         tokenizer.save_pretrained(folders[-1])
@@ -102,13 +102,13 @@ def test_every_flip_of_the_manifest(folder):
     path = folder / "sid_manifest.json"
     content = path.read_bytes()
     files = {name: str(folder / name) for name in FILES}
-    tokenization_sid._read_parts(str(path), files)
+    bundle.read_bundle(str(path), files)
     for position in range(len(content)):
         changed = bytearray(content)
         changed[position] ^= 0x01
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="sid_manifest.json"):
-            tokenization_sid._read_parts(str(path), files)
+            bundle.read_bundle(str(path), files)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -249,7 +249,7 @@ def test_failing_save_leaves_no_manifest(folder, tmp_path, monkeypatch, step):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenization_sid, step, full_disk)
+    monkeypatch.setattr(bundle, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         tokenizer.save_pretrained(tmp_path / "fresh")
     monkeypatch.undo()
@@ -264,7 +264,7 @@ def test_failing_save_over_another_bundle_is_seen(bundles, folder, monkeypatch):
     def full_disk(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenization_sid, "write_json", full_disk)
+    monkeypatch.setattr(bundle, "write_json", full_disk)
     with pytest.raises(OSError, match="No space left"):
         tokenizer.save_pretrained(folder)
     monkeypatch.undo()
@@ -310,7 +310,7 @@ def test_failing_rename_leaves_no_temporary(tmp_path, monkeypatch):
     def fail(*args):
         raise PermissionError
 
-    monkeypatch.setattr(bundle.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(PermissionError):
         write_json(tmp_path / "file", {"a": 1})
     assert os.listdir(tmp_path) == []

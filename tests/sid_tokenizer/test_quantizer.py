@@ -7,8 +7,8 @@ from transformers import AutoModel
 
 from rqsid import ResidualQuantizer, ResidualQuantizerConfig
 from rqsid.sid_tokenizer import quantizer as quantizer_module
+from rqsid.sid_tokenizer.checks import check_codes
 from rqsid.sid_tokenizer.kmeans import CHUNK_ROWS, kmeans, nearest_codes, relocate
-from rqsid.sid_tokenizer.quantizer import check_codes
 
 
 def gaussian(num_points=200, dim=8, seed=0, dtype=np.float32):

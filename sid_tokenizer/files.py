@@ -1,0 +1,137 @@
+"""Reading and writing the files of a bundle: whole or not at all, and checked before they are trusted."""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def replace_atomically(path):
+    """
+    Yields a temporary name beside `path`; what was written there takes the place of `path` when the block ends without
+    an error, and is removed otherwise.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; a model folder is usually shared.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def write_json(path, content):
+    with replace_atomically(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write("\n")
+
+
+def read_json(path, max_bytes=64 * 2**20):
+    name = os.path.basename(path)
+    if os.path.getsize(path) > max_bytes:
+        raise ValueError(f"{name} holds {os.path.getsize(path)} bytes, more than the {max_bytes} that are accepted.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must hold a JSON object, found {type(content).__name__}. Save it again.")
+    return content
+
+
+def write_tensors(path, arrays, config):
+    """
+    Writes numpy arrays or tensors and a JSON-able `config` into one safetensors file.
+    """
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array.contiguous()
+        for name, array in arrays.items()
+    }
+    with replace_atomically(path) as temporary:
+        # One entry of metadata: safetensors writes several in random order, and equal content should make equal files.
+        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
+
+
+def read_tensors(path, names):
+    """
+    Opens a file of [`write_tensors`] memory-mapped.
+
+    Args:
+        path (`str`):
+            The file.
+        names (`list[str]`):
+            The tensors that the file must hold.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict]`: the tensors, which live in the mapped file, and the config.
+
+    Raises:
+        `ValueError`: if the file is truncated, is not safetensors, or lacks a tensor or its config.
+    """
+    file_name = os.path.basename(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = sorted(set(names) - set(file.keys()))
+            if missing:
+                raise ValueError(
+                    f"{file_name} lacks {', '.join(missing)}: it was written by another version or edited."
+                )
+            tensors = {name: file.get_tensor(name) for name in names}
+            config = json.loads((file.metadata() or {})["config"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{file_name} is not a readable safetensors file of a bundle ({error}): it is truncated or was edited. "
+            "Save or download it again."
+        ) from None
+    return tensors, config
+
+
+def checksum(content):
+    """SHA-256 of a JSON-able value, whatever its layout in a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_entry(path):
+    """Size in bytes and SHA-256 of a file, as a manifest holds them."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": os.path.getsize(path), "sha256": digest}
+
+
+def check_file(path, entry):
+    """
+    Raises:
+        `ValueError`: if the file differs from the manifest's `entry` in size or content.
+    """
+    name = os.path.basename(path)
+    size = os.path.getsize(path)
+    if size != entry["bytes"]:
+        raise ValueError(
+            f"{name} holds {size} bytes, the manifest says {entry['bytes']}: the file is truncated or belongs to another "
+            "save. Save or download the bundle again."
+        )
+    if file_entry(path)["sha256"] != entry["sha256"]:
+        raise ValueError(
+            f"{name} differs from the file that the manifest describes (SHA-256): it was edited or belongs to another "
+            "save. Save or download the bundle again."
+        )
