@@ -59,7 +59,7 @@ class QuickstartArguments:
         default=100_000, metadata={"help": "Training examples drawn from the log, for the tower."}
     )
     max_history: int = field(default=10, metadata={"help": "Products in a history."})
-    train_rows: int = field(default=44000, metadata={"help": "Training examples of the language model."})
+    train_rows: int = field(default=32000, metadata={"help": "Training examples of the language model."})
     test_rows: int = field(default=500, metadata={"help": "Test examples."})
     epochs: float = field(default=1.0, metadata={"help": "Epochs of the language model."})
     batch_size: int = field(default=32, metadata={"help": "Training batch."})
@@ -80,7 +80,7 @@ def main():
     report = Report()
     report.add("# rqsid quick start")
 
-    with report.station(1, "Purchases", 10):
+    with report.station(1, "Purchases", 15):
         purchases = load_purchases(
             seed=arguments.seed,
             max_train=arguments.purchase_rows,
@@ -103,7 +103,7 @@ def main():
             f"{duplicate_share(embeddings):.1%} of the products have an embedding identical to another's."
         )
 
-    with report.station(3, "Codebooks and diagnosis", 15):
+    with report.station(3, "Codebooks and diagnosis", 20):
         sizes = [arguments.codebook_size] * 3
         config = ResidualQuantizerConfig(codebook_sizes=sizes, seed=arguments.seed)
         quantizer = ResidualQuantizer(config).fit(embeddings, show_progress_bar=True)
@@ -137,7 +137,7 @@ def main():
         )
         report.add("\n![tokens per layer](layers.png)")
 
-    with report.station(5, "Fine-tuning", 225):
+    with report.station(5, "Fine-tuning", 200):
         base_tokenizer = make_base_tokenizer(arguments, purchases.train)
         trainers = {}
         for name, catalog in catalogs.items():
@@ -145,7 +145,7 @@ def main():
             trainers[name] = train_arm(name, arguments, tokenizer, purchases)
             describe_training(report, name, trainers[name])
 
-    with report.station(6, "Evaluation", 35):
+    with report.station(6, "Evaluation", 40):
         groups = test_groups(test, catalogs["full"], codes, popularity, arguments)
         arms = {name: rank_test_rows(name, trainer, test) for name, trainer in trainers.items()}
         ranked = {f"SID model, {name}": arm.rankings["predictions"] for name, arm in arms.items()}
@@ -159,7 +159,7 @@ def main():
         results = score(arms, ranked, test, groups)
         describe_results(report, arms, ranked, results, test, groups, ceilings, arguments)
 
-    with report.station(7, "A fresh process", 20):
+    with report.station(7, "A fresh process", 25):
         example = {name: test[0][name] for name in ("profile", "history", "query")}
         reload_and_search(report, arms["pruned"], example, arguments)
 

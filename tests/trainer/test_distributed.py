@@ -1,0 +1,81 @@
+"""The fine-tuning example in one process, in two with DDP, and in two with DeepSpeed ZeRO-2: the same training."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from rqsid import SIDTokenizer, search
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "examples" / "finetune" / "finetune.py")
+ZERO2 = str(ROOT / "examples" / "accelerate_configs" / "deepspeed_zero2.yaml")
+BIN = Path(sys.executable).parent
+
+LAUNCHES = {
+    "one process": [sys.executable, SCRIPT, "--use_cpu", "--per_device_train_batch_size=8"],
+    "DDP": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--use_cpu"],
+    # accelerate runs DeepSpeed on a CPU only if the script asks for gloo, and not for --use_cpu.
+    "ZeRO-2": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", ZERO2, "--num_processes=2"),
+        *(SCRIPT, "--ddp_backend=gloo"),
+    ],
+}
+
+
+@pytest.fixture
+def inputs(tmp_path, tokenizer, make_tiny_model, make_purchases):
+    """Command-line arguments for a tiny model of the base vocabulary, the tokenizer, and purchases."""
+    make_tiny_model(tokenizer.base_size, initializer_range=0.1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, rows in (("train", make_purchases(48)), ("validation", make_purchases(13, seed=1))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    paths = {"model": "model", "tokenizer": "tokenizer", "train": "train.jsonl", "validation": "validation.jsonl"}
+    return [f"--{name}={tmp_path / path}" for name, path in paths.items()]
+
+
+def launch(name, folder, inputs):
+    arguments = ["--per_device_train_batch_size=4"] if name != "one process" else []
+    arguments += [f"--output_dir={folder}", "--num_train_epochs=2", "--learning_rate=5e-3", "--logging_steps=1"]
+    arguments += ["--report_to=none", "--eval_top_k=5", "--per_device_eval_batch_size=4", "--save_strategy=no"]
+    # ninja, which DeepSpeed compiles with, lies beside the interpreter.
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [*LAUNCHES[name], *inputs, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "HF_HOME": str(folder / "hf")},
+    )
+    assert result.returncode == 0, f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    metrics = json.loads((folder / "eval_results.json").read_text())
+    losses = [float(piece.split("'")[3]) for piece in result.stdout.split("\n") if piece.strip().startswith("{'loss'")]
+    return losses, metrics
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles an extension, which takes a C++ compiler")
+@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
+def test_two_processes_train_as_one(inputs, tmp_path):
+    runs = {name: launch(name, tmp_path / name.replace(" ", "-"), inputs) for name in LAUNCHES}
+    losses, metrics = runs["one process"]
+    assert len(losses) == 12 and losses[-1] < losses[0]  # 48 rows, 8 a step, 2 epochs
+    for name, (other_losses, other_metrics) in runs.items():
+        # Half the steps of a process that trains alone on its half of the batch would be 24.
+        assert other_losses == pytest.approx(losses, abs=1e-3), name
+        for key in ("eval_num_rows", "eval_item_recall@5", "eval_item_mrr", "eval_sid_mrr"):
+            if key in metrics:
+                assert other_metrics[key] == pytest.approx(metrics[key], abs=1e-6), (name, key)
+
+    rankings = []
+    for name in runs:
+        folder = str(tmp_path / name.replace(" ", "-"))
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), SIDTokenizer.from_pretrained(folder)
+        ranked = search(model, tokenizer, [{"query": "potato chips"}], top_k=5)[0]
+        rankings.append([entry["product_id"] for entry in ranked])
+    assert rankings[0] == rankings[1] == rankings[2]
