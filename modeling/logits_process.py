@@ -29,7 +29,8 @@ class SIDLogitsProcessor(LogitsProcessor):
             The SIDs that are allowed.
 
     Raises:
-        `ValueError`: if `prompt_length` is negative, or larger than what `generate()` passes.
+        `ValueError`: if `prompt_length` is negative, larger than what `generate()` passes, or too small, so that no
+            sequence begins with a SID behind it.
 
     Example:
 
@@ -51,7 +52,13 @@ class SIDLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._check_length(input_ids)
         trie = self._trie_on(input_ids.device)
-        nodes = trie.walk(input_ids[:, self.prompt_length :])
+        generated = input_ids[:, self.prompt_length :]
+        nodes = trie.walk(generated)
+        if (nodes < 0).all() and not (generated == self.eos_token_id).any():
+            raise ValueError(
+                f"Behind column `prompt_length` {self.prompt_length} none of the sequences begins with a SID: the prompt "
+                f'reaches further. Build the processor with `prompt_length=inputs["input_ids"].shape[1]`.'
+            )
         tokens, _, is_child = trie.children(nodes)
         rows, columns = is_child.nonzero(as_tuple=True)
         allowed = tokens[rows, columns]

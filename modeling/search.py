@@ -1,6 +1,7 @@
 """Exact-score beam search over the valid SIDs, with all beams of a prompt decoded as one tree."""
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import torch
 from transformers import DynamicCache
@@ -54,7 +55,7 @@ def search(
             taken as given: scores are conditional on them and do not include them.
         normalize (`str`, *optional*, defaults to `"vocab"`):
             `"vocab"` for the softmax over the model's whole vocabulary, `"sid"` for the softmax over the SID tokens and
-            the end token, for a model that was trained so.
+            the end token, for a model that was trained so (which [`SIDTrainer`] does not).
         batch_size (`int`, *optional*):
             Prompts decoded at once. By default as many as keep the logits under 64M numbers.
 
@@ -75,7 +76,7 @@ def search(
     """
     # 1. arguments
     _check_positive(top_k=top_k)
-    num_beams = max(50, 5 * top_k) if num_beams is None else num_beams
+    num_beams = default_num_beams(top_k) if num_beams is None else num_beams
     _check_positive(num_beams=num_beams)
     text_config = model.config.get_text_config(decoder=True)
     if batch_size is None:
@@ -303,6 +304,11 @@ def beam_search(
     return pool_rows.masked_fill(pool_scores.isneginf(), -1), pool_scores
 
 
+def default_num_beams(top_k: int) -> int:
+    """Beams narrower than three to five times the list returned lose SIDs, short ones first."""
+    return max(50, 5 * top_k)
+
+
 def _tree_cache(model) -> DynamicCache:
     """An empty cache, after checking that the model can attend by a 4-D mask over all of it."""
     if model.config._attn_implementation not in ("eager", "sdpa"):
@@ -325,8 +331,8 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
     if isinstance(inputs, Mapping):
         if not isinstance(inputs.get("input_ids"), torch.Tensor):
             raise TypeError(
-                f"`inputs` is a mapping with {sorted(inputs)}, not a batch: wrap a single example in a list, `[inputs]`, "
-                f"or pass `input_ids` and `attention_mask` as tensors."
+                f"`inputs` is a mapping with {sorted(inputs)}, not a batch: wrap a single example in a list, `[inputs]`; "
+                f'pass `prompts["input_ids"]` of `encode_prompts`; or `input_ids` and `attention_mask` as tensors.'
             )
         if inputs.get("attention_mask") is None or inputs["attention_mask"].shape != inputs["input_ids"].shape:
             raise ValueError(
@@ -336,8 +342,12 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
         _check_left_padding(mask)
         return [row[kept].tolist() for row, kept in zip(inputs["input_ids"].cpu(), mask.cpu(), strict=True)]
     if not isinstance(inputs, list):
-        raise TypeError(f"`inputs` must be a list of examples or of token ids, got {type(inputs).__name__}.")
+        raise TypeError(
+            f"`inputs` must be a list of examples or of token ids, got {type(inputs).__name__}. Convert it: "
+            f'`dataset.to_list()`, `frame.to_dict("records")`.'
+        )
     if inputs and all(isinstance(prompt, Mapping) for prompt in inputs):
+        _warn_of_unread_keys(tokenizer, inputs)
         encoded = tokenizer.encode_prompts(inputs, max_length=max_length)
         num_truncated = sum(count > 0 for count in encoded["num_truncated"])
         if num_truncated:
@@ -351,10 +361,23 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
     raise TypeError(f"`inputs` must hold only examples (dicts) or only lists of token ids, got a list of {kinds}.")
 
 
+def _warn_of_unread_keys(tokenizer, inputs) -> None:
+    """A misspelt field would be left out of the prompt without a word."""
+    fields = set(tokenizer.prompt_template.fields)
+    keys = set().union(*inputs)
+    if fields - keys and keys - fields - {"product"}:
+        logger.warning_once(
+            f"The examples have no {sorted(fields - keys)}, which the prompt has a place for, and their "
+            f"{sorted(keys - fields - {'product'})} are not used."
+        )
+
+
 def _prefix_ids(tokenizer, prefix_codes, num_prompts: int) -> list[list[int]]:
     """Token ids of the given codes of each prompt."""
     if prefix_codes is None:
         return [[] for _ in range(num_prompts)]
+    if any(isinstance(codes, Integral) for codes in prefix_codes):
+        raise TypeError(f"`prefix_codes` must be a list of codes for each prompt, got {prefix_codes}: `[[7], [7]]`.")
     if len(prefix_codes) != num_prompts:
         raise ValueError(
             f"`prefix_codes` has {len(prefix_codes)} entries for {num_prompts} prompts: pass one list per prompt, empty "
@@ -374,5 +397,5 @@ def _check_left_padding(attention_mask: torch.Tensor) -> None:
 
 def _check_positive(**numbers) -> None:
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {number!r}.")

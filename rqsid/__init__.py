@@ -1,6 +1,7 @@
 from .evaluate_metrics import path as metric_path
 from .modeling import SIDLogitsProcessor, SIDTrie, initialize_sid_rows, search, sid_generation_config
 from .sid_tokenizer import (
+    Diagnosis,
     ProductCatalog,
     PromptTemplate,
     ResidualQuantizer,
@@ -9,11 +10,12 @@ from .sid_tokenizer import (
     TokenPruning,
     diagnose,
 )
-from .trainer import SIDDataCollator, SIDTrainer, SIDTrainingArguments
+from .trainer import SIDDataCollator, SIDTrainer, SIDTrainingArguments, tokenize_examples
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Diagnosis",
     "ProductCatalog",
     "PromptTemplate",
     "ResidualQuantizer",
@@ -30,4 +32,5 @@ __all__ = [
     "metric_path",
     "search",
     "sid_generation_config",
+    "tokenize_examples",
 ]

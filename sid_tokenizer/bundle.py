@@ -50,7 +50,7 @@ def write_bundle(tokenizer, save_directory):
         "token_format": tokenizer.token_format,
         "layer_order": tokenizer.layer_order,
         "base_size": tokenizer.base_size,
-        "eos_token": tokenizer.eos_token,
+        "special_tokens": {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token},
         "products": len(catalog),
         "sids": catalog.num_sids,
         "history": tokenizer.history,
@@ -76,8 +76,8 @@ def read_manifest(manifest_file):
             f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
             f"{FORMAT_VERSION}. Install the version that wrote it."
         )
-    required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size", "eos_token"]
-    required += ["products", "sids", "history", "files", "checksum"]
+    required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size"]
+    required += ["special_tokens", "products", "sids", "history", "files", "checksum"]
     missing = [key for key in required if key not in manifest]
     missing += [
         name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in manifest.get("files", ())
@@ -131,7 +131,7 @@ def read_bundle(manifest_file, files):
         "token_format": manifest["token_format"],
         "layer_order": check_layer_order(manifest["layer_order"], catalog),
         "base_size": manifest["base_size"],
-        "eos_token": manifest["eos_token"],
+        "special_tokens": manifest["special_tokens"],
         "history": manifest["history"],
     }
 

@@ -156,10 +156,12 @@ class ProductCatalog:
 
     @property
     def num_sids(self):
+        """S, the number of distinct SIDs."""
         return len(self.columns["sid_codes"])
 
     @property
     def num_layers(self):
+        """L, dropped layers included."""
         return len(self.codebook_sizes)
 
     @property
@@ -197,7 +199,7 @@ class ProductCatalog:
         )
         unknown = np.flatnonzero(rows < 0)
         if len(unknown):
-            some = ", ".join(repr(product_ids[position]) for position in unknown[:3])
+            some = ", ".join(sorted({repr(product_ids[position]) for position in unknown})[:3])
             raise ValueError(
                 f"{len(unknown)} of {len(product_ids)} product ids are not in the catalog, for instance {some}. Leave them "
                 "out, or build the catalog with them."

@@ -241,7 +241,7 @@ def _layer_statistics(layer, counts, total, paths_used, paths_possible):
         used=int((counts > 0).sum()),
         under_used=int((counts < 0.1 * counts.mean()).sum()) if mass else size,
         entropy=abs(entropy),
-        normalized_entropy=abs(entropy) / np.log2(size) if size > 1 else 1.0,
+        normalized_entropy=abs(entropy) / float(np.log2(size)) if size > 1 else 1.0,
         perplexity=float(2**entropy),
         gini=gini,
         std=float(counts.std()),
@@ -254,8 +254,10 @@ def _layer_statistics(layer, counts, total, paths_used, paths_possible):
 
 def _verdict(layers, counts, weights):
     """
-    An hourglass is a waist: middle layers less even than the ends, by more than 0.02 and by more than uniform codes in a
-    sample of this size show. By the same margins a funnel narrows towards the end, a narrow top at the beginning.
+    An hourglass has a waist: middle layers less even than the ends on average, and one of them less even than either end,
+    both by more than 0.02 and by more than uniform codes in a sample of this size show. The average alone would call a
+    funnel an hourglass, since one even end is enough for it. By the same margins a funnel narrows towards the end, a narrow
+    top at the beginning.
     """
     evenness = np.array([layer.normalized_entropy for layer in layers if layer.present > 0])
     present = [layer.layer for layer in layers if layer.present > 0]
@@ -269,10 +271,12 @@ def _verdict(layers, counts, weights):
     null = np.stack([_null_evenness(random, sample_size, len(counts[layer])) for layer in present])
     null_score = float(np.quantile(null[1:-1].mean(0) - (null[0] + null[-1]) / 2, 0.005))
 
-    if score < min(HOURGLASS_THRESHOLD, null_score):
-        return score, null_score, "hourglass", present[1 + int(evenness[1:-1].argmin())]
     threshold = min(HOURGLASS_THRESHOLD, float(np.quantile(null.min(0) - null.max(0), 0.005)))
-    if evenness[0] < evenness[1:].min() + threshold:
+    has_waist = evenness[1:-1].min() < min(evenness[0], evenness[-1]) + threshold
+    if score < min(HOURGLASS_THRESHOLD, null_score) and has_waist:
+        return score, null_score, "hourglass", present[1 + int(evenness[1:-1].argmin())]
+    widens = evenness[0] < evenness[-1] + threshold and (np.diff(evenness) > -0.01).all()
+    if widens or evenness[0] < evenness[1:].min() + threshold:
         return score, null_score, "narrow top", present[0]
     if evenness[-1] < evenness[0] + threshold and (np.diff(evenness) < 0.01).all():
         return score, null_score, "funnel", present[-1]

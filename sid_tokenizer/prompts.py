@@ -83,8 +83,8 @@ class PromptTemplate:
                 texts[-1] += value
         if texts == [""]:
             raise ValueError(
-                f"The example has none of the fields {self.fields} (found {sorted(example)}): there is nothing to build a "
-                "prompt from."
+                f"The example has no value for any of the fields {self.fields} (its keys: {sorted(example)}), so there is "
+                "nothing to build a prompt from. An empty history alone is no prompt: give a query or a profile too."
             )
         texts[-1] += self.separator + self.answer
         return texts[0], history, texts[1] if len(texts) > 1 else ""

@@ -5,6 +5,7 @@ import torch
 
 from .checks import check_codes, check_weights
 
+EXAMPLES = {"top_k": 25, "threshold": 0.25}
 STRATEGIES = ("none", "top_k", "threshold", "drop_layer")
 
 
@@ -48,16 +49,16 @@ class TokenPruning:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         for name, value in (("top_k", top_k), ("threshold", threshold)):
-            if (value is not None) != (strategy == name):
-                raise ValueError(
-                    f'strategy="{strategy}" with {name}={value}: {name} goes with strategy="{name}" and with no other.'
-                )
+            if strategy == name and value is None:
+                raise ValueError(f'strategy="{name}" needs {name}=..., for instance {name}={EXAMPLES[name]}.')
+            if strategy != name and value is not None:
+                raise ValueError(f'{name}={value} goes with strategy="{name}", not with strategy="{strategy}".')
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"layer={layer!r} must be a 0-based layer index, for instance 1 for the second layer.")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f'top_k={top_k!r} must be a whole number from 1. To prune nothing use strategy="none".')
-        if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"threshold={threshold} must lie in (0, 1]: it is a share of the items.")
+        if threshold is not None and (not isinstance(threshold, int | float) or not 0 < threshold <= 1):
+            raise ValueError(f"threshold={threshold!r} must be a number in (0, 1]: it is a share of the items.")
         self.strategy, self.layer, self.top_k, self.threshold = strategy, layer, top_k, threshold
         self.codebook_sizes = None
         self.pruned = None
@@ -180,4 +181,6 @@ class TokenPruning:
             self.strategy, ""
         )
         fitted = "" if self.pruned is None else f", {self.num_pruned} codes pruned"
+        if self.strategy == "none":
+            return 'TokenPruning(strategy="none")'
         return f'TokenPruning(strategy="{self.strategy}", layer={self.layer}{chosen}{fitted})'

@@ -1,5 +1,7 @@
 """Residual quantization: embeddings to one code per layer, and back."""
 
+from numbers import Integral
+
 import numpy as np
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ class ResidualQuantizerConfig(PreTrainedConfig):
             Seed of the initial codebooks and of the relocation.
 
     Raises:
+        `TypeError`: if `codebook_sizes` is no list of integers.
         `ValueError`: for sizes, iterations or thresholds out of range.
     """
 
@@ -42,7 +45,12 @@ class ResidualQuantizerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.codebook_sizes is None:
             self.codebook_sizes = [256, 256, 256]
-        self.codebook_sizes = [int(size) for size in self.codebook_sizes]
+        sizes = self.codebook_sizes
+        if not isinstance(sizes, list | tuple) or not all(
+            isinstance(size, Integral) and not isinstance(size, bool) for size in sizes
+        ):
+            raise TypeError(f"codebook_sizes={sizes!r} must be a list of integers, one per layer, as [256, 256, 256].")
+        self.codebook_sizes = [int(size) for size in sizes]
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(
                 f"codebook_sizes={self.codebook_sizes}: every layer needs at least one code. Pass one positive size per "
@@ -111,10 +119,12 @@ class ResidualQuantizer(PreTrainedModel):
 
     @property
     def codebook_sizes(self):
+        """Codes of each layer (`list[int]`)."""
         return list(self.config.codebook_sizes)
 
     @property
     def num_layers(self):
+        """L."""
         return len(self.config.codebook_sizes)
 
     @torch.no_grad()
@@ -221,6 +231,15 @@ class ResidualQuantizer(PreTrainedModel):
         """
         Squared error of the reconstruction as a share of the embeddings' variance: sum |x - decode(encode(x))|^2 over
         sum |x - mean|^2.
+
+        Args:
+            embeddings (`np.ndarray` or `torch.Tensor`): Shape: (N, D).
+
+        Returns:
+            `float`
+
+        Raises:
+            `TypeError`, `ValueError`: as `encode`.
         """
         points = self._check(embeddings, expect_dim=self.config.embedding_dim)
         error = (points - self.decode(self.encode(points))).double().square().sum()
@@ -235,8 +254,8 @@ class ResidualQuantizer(PreTrainedModel):
     def _check(self, embeddings, expect_dim):
         if not isinstance(embeddings, np.ndarray | torch.Tensor):
             raise TypeError(
-                f"embeddings must be a numpy array or a torch tensor, got {type(embeddings).__name__}. Convert it first, "
-                "for instance with numpy.stack."
+                f"embeddings must be a numpy array or a torch tensor, got {type(embeddings).__name__}. Convert it first: "
+                "numpy.asarray(rows), or frame.to_numpy()."
             )
         points = torch.as_tensor(embeddings)
         if points.ndim != 2:
@@ -260,7 +279,7 @@ class ResidualQuantizer(PreTrainedModel):
             if bad.any():
                 row = start + int(torch.nonzero(bad)[0])
                 raise ValueError(
-                    f"embeddings hold NaN or infinite values (first in row {row}). Remove those products or embed them "
-                    "again."
+                    f"embeddings hold NaN, infinite values or values beyond float32 (first in row {row}). Remove those "
+                    "products, embed them again, or scale the embeddings down."
                 )
         return points

@@ -110,8 +110,14 @@ def search_strings(strings, packed, offsets, sorted_hashes, order):
     Returns:
         `np.ndarray` (int64): the row of each string, -1 if the column does not hold it.
     """
-    if isinstance(strings, str) or any(not isinstance(string, str) for string in strings):
-        raise TypeError("Product ids must be a list of strings.")
+    if isinstance(strings, str):
+        raise TypeError(f"Product ids must be a list of strings, got the single string {strings!r}.")
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(
+                f"Product id {string!r} is {type(string).__name__}, not str. Convert ids first, for instance with "
+                "column.astype(str)."
+            )
     wanted, wanted_offsets = pack_strings(strings)
     hashes = hash_rows(wanted, wanted_offsets)
     rows = np.full(len(strings), -1, dtype=np.int64)

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Iterable
+from json import JSONDecodeError
 
 import numpy as np
 import torch
@@ -76,11 +78,12 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             }
             sid_parts = read_bundle(manifest_file, files)
         super().__init__(*args, **kwargs)
-        if self.eos_token != sid_parts["eos_token"]:
-            raise ValueError(
-                f"tokenizer_config.json gives the end token {self.eos_token!r}, {MANIFEST_FILE} {sid_parts['eos_token']!r}: "
-                "it is missing, was edited, or belongs to another save. Save or download the bundle again."
-            )
+        for name, saved in sid_parts["special_tokens"].items():
+            if getattr(self, name) != saved:
+                raise ValueError(
+                    f"tokenizer_config.json gives {name}={getattr(self, name)!r}, {MANIFEST_FILE} {saved!r}: it is missing, "
+                    "was edited, or belongs to another save. Save or download the bundle again."
+                )
         self.catalog = sid_parts["catalog"]
         self.quantizer = sid_parts["quantizer"]
         self.prompt_template = sid_parts["prompt_template"]
@@ -90,6 +93,17 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.base_size = sid_parts["base_size"]
         self.history = sid_parts["history"]
         self._index_tokens()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except JSONDecodeError as error:
+            # The files of the bundle are checked and named elsewhere; this one is transformers' own.
+            raise ValueError(
+                f"tokenizer_config.json is not valid JSON ({error}): it is truncated or was edited. Save or download the "
+                "bundle again."
+            ) from None
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
@@ -187,7 +201,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 "token_format": token_format,
                 "layer_order": layer_order,
                 "base_size": len(base),
-                "eos_token": base.eos_token,
+                "special_tokens": {"eos_token": base.eos_token},
                 "history": [{"version": 1, "products": len(catalog), "sids": catalog.num_sids}],
             },
             **base.special_tokens_map,
@@ -301,6 +315,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         """
         if isinstance(product_ids, str):
             return self.encode_products([product_ids])[0]
+        if not isinstance(product_ids, Iterable):
+            raise TypeError(f"Product ids must be strings, got {type(product_ids).__name__}: {product_ids!r}.")
         rows = self.catalog.product_rows(list(product_ids))
         return _ragged(self.sid_sequences(self.catalog.sid_rows(rows)))
 
@@ -316,6 +332,10 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         Raises:
             `ValueError`: if the tokens are no SID of the catalog.
         """
+        if isinstance(token_ids, str):
+            raise TypeError(
+                f"decode_products takes token ids, got text: {token_ids!r}. Call convert_tokens_to_ids first."
+            )
         token_ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor | np.ndarray) else list(token_ids)
         if not token_ids or np.ndim(token_ids[0]) == 0:
             return self.decode_products([token_ids])[0]

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..evaluate_metrics import path as metric_path
 from ..modeling.rows import initialize_sid_rows
-from ..modeling.search import beam_search
+from ..modeling.search import MAX_LOGITS, beam_search, default_num_beams
 from ..modeling.trie import SIDTrie
 from .data import SIDDataCollator, split_prompts, tokenize_examples
 from .training_args import SIDTrainingArguments
@@ -32,7 +32,9 @@ class SIDTrainer(Trainer):
         args ([`SIDTrainingArguments`]):
             The arguments.
         train_dataset (`Dataset`, `IterableDataset` or `list[dict]`, *optional*):
-            Purchases: columns of the prompt template's fields and `product`; or rows of [`tokenize_examples`].
+            Purchases: `product`, the id of the product bought, and columns of the prompt template's fields, which are
+            `profile` (text or a mapping), `history` (a list of product ids, oldest first) and `query` (text) if the
+            tokenizer has the default template. A list of dicts, or rows of [`tokenize_examples`], will do too.
         eval_dataset (*optional*):
             As `train_dataset`, or a dict of several.
         processing_class ([`SIDTokenizer`]):
@@ -119,13 +121,20 @@ class SIDTrainer(Trainer):
             dataset = Dataset.from_list(dataset)
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(
-                f"The {name} dataset is a {type(dataset).__name__}; pass a Dataset or IterableDataset of `datasets`, or a "
-                "list of dicts."
+                f"The {name} dataset is a {type(dataset).__name__}; pass a Dataset or IterableDataset of `datasets` "
+                "(Dataset.from_pandas(frame) makes one of a DataFrame), or a list of dicts."
             )
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty: it needs at least one purchase.")
         if {"input_ids", "label_ids"} <= set(dataset.column_names or ()):
             return dataset
+        fields, columns = set(tokenizer.prompt_template.fields), set(dataset.column_names or ())
+        if fields - columns and columns - fields - {"product"}:
+            # A misspelt column would be left out of every prompt without a word.
+            logger.warning(
+                f"The {name} dataset has no column {sorted(fields - columns)}, which the prompt has a place for; its columns "
+                f"{sorted(columns - fields - {'product'})} are not used."
+            )
         options = (
             {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
         )
@@ -148,11 +157,16 @@ class SIDTrainer(Trainer):
         return dataset
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `Trainer.evaluate`; `eval_dataset` may hold raw purchases."""
         if eval_dataset is not None and not isinstance(eval_dataset, dict | str):
             eval_dataset = self._tokenize(eval_dataset, metric_key_prefix, self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """
+        As `Trainer.predict`; `test_dataset` may hold raw purchases. Predictions are (product rows, SID rows), both of shape
+        (N, eval_top_k), `label_ids` the product rows bought.
+        """
         test_dataset = self._tokenize(test_dataset, metric_key_prefix, self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -179,16 +193,22 @@ class SIDTrainer(Trainer):
         if self._trie is None:
             self._trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
         with self.compute_loss_context_manager():
-            sid_rows, _ = beam_search(
-                self.accelerator.unwrap_model(model),
-                prompts,
-                mask,
-                self._trie,
-                num_beams=self.args.eval_num_beams or max(50, 5 * top_k),
-                num_return=top_k,
-                normalize=self.args.eval_normalize,
-                vocabulary=self._normalizing_vocabulary(),
-            )
+            num_beams = self.args.eval_num_beams or default_num_beams(top_k)
+            rows_at_once = max(1, MAX_LOGITS // (num_beams * self.model.config.get_text_config().vocab_size))
+            found = [
+                beam_search(
+                    self.accelerator.unwrap_model(model),
+                    some_prompts,
+                    some_mask,
+                    self._trie,
+                    num_beams=num_beams,
+                    num_return=top_k,
+                    normalize=self.args.eval_normalize,
+                    vocabulary=self._normalizing_vocabulary(),
+                )[0]
+                for some_prompts, some_mask in zip(prompts.split(rows_at_once), mask.split(rows_at_once), strict=True)
+            ]
+            sid_rows = torch.cat(found)
         products, _ = self.processing_class.catalog.expand_sids(sid_rows.cpu().numpy(), top_k)
         # Of one shape on every rank and in every batch, so that they can be gathered.
         return loss, (torch.from_numpy(products).to(prompts.device), sid_rows), inputs["product_rows"]

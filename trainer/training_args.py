@@ -26,7 +26,8 @@ class SIDTrainingArguments(TrainingArguments):
         eval_num_beams (`int`, *optional*):
             Beams of the search; see [`search`] for the default.
         eval_normalize (`str`, *optional*, defaults to `"vocab"`):
-            Whether scores are log-probabilities over the whole vocabulary (`"vocab"`) or over SID tokens (`"sid"`).
+            Whether scores are log-probabilities over the whole vocabulary (`"vocab"`), as the loss is, or over SID tokens
+            and the end token (`"sid"`), for a model that was trained so elsewhere.
 
     > [!NOTE]
     > `remove_unused_columns` defaults to `False`, since the collator reads columns that a model's forward does not know,

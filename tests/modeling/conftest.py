@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from rqsid import PromptTemplate
+
 FIRST_SID_TOKEN = 20
 
 
@@ -34,6 +36,7 @@ class StubTokenizer:
         self.catalog = StubCatalog([1] * len(codes) if group_sizes is None else group_sizes)
         self.vocab_size = FIRST_SID_TOKEN + len(codes[0]) * codebook_size + 3
         self.max_length = None
+        self.prompt_template = PromptTemplate()
 
     def prefix_token_ids(self, prefix_codes):
         size = self.codebook_size

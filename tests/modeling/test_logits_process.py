@@ -352,3 +352,11 @@ def test_bad_prompt_length(fixed):
         generate(model, tokenizer, processor, num_beams=2, num_return_sequences=1)
     with pytest.raises(ValueError, match="have 7 tokens"):
         processor.sid_rows(pad_left(PROMPTS)["input_ids"])
+
+
+def test_a_prompt_length_inside_the_prompt_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer()
+    processor = SIDLogitsProcessor(tokenizer, prompt_length=2)
+    prompts = torch.full((3, 5), 4)  # token 4 is no SID token
+    with pytest.raises(ValueError, match="`prompt_length` 2 none of the sequences begins with a SID"):
+        processor(prompts, torch.zeros(3, tokenizer.vocab_size))

@@ -356,3 +356,18 @@ def test_check_file_and_checksum(tmp_path):
         with pytest.raises(ValueError, match="file (holds|differs)"):
             check_file(path, entry)
     assert checksum({"a": 1, "b": [2]}) == checksum({"b": [2], "a": 1}) != checksum({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token"])
+def test_edited_special_tokens_are_refused(folder, name):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: "<a_0>"}))
+    with pytest.raises(ValueError, match=f"tokenizer_config.json gives {name}='<a_0>'"):
+        SIDTokenizer.from_pretrained(folder)
+
+
+def test_a_truncated_tokenizer_config_is_named(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        SIDTokenizer.from_pretrained(folder)

@@ -181,7 +181,7 @@ def test_unknown_products_are_refused(make_parts):
     catalog = make_parts()[2]
     with pytest.raises(ValueError, match=r"2 of 4 product ids are not in the catalog, for instance 'P0', 'p00'"):
         catalog.product_rows(["p0", "P0", "p1", "p00"])
-    with pytest.raises(TypeError, match="list of strings"):
+    with pytest.raises(TypeError, match="not str|list of strings"):
         catalog.product_rows([1])
     assert catalog.product_rows([]).tolist() == []
     assert catalog.product_rows(["p3", "p1", "p3"]).tolist() == [3, 1, 3]

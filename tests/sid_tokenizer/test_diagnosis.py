@@ -241,3 +241,22 @@ def test_does_not_change_its_input_and_takes_one_item():
 def test_bad_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         diagnose(**{"codes": TINY, "codebook_sizes": [4, 2]} | arguments)
+
+
+@pytest.mark.parametrize(
+    "powers, verdict",
+    [
+        ([0, 1, 0.3], "hourglass"),
+        ([0, 1, 1], "funnel"),
+        ([0, 1, 0.98], "funnel"),
+        ([0.9, 0.9, 0], "narrow top"),
+        ([1, 0.9, 0], "narrow top"),
+    ],
+)
+def test_an_hourglass_has_a_waist(powers, verdict):
+    """One even end makes the average of the ends even, but no waist: the middle must be less even than both."""
+    random = np.random.default_rng(0)
+    codes = np.stack([skewed(random, 64, 20000, power) for power in powers], axis=1)
+    found = diagnose(codes, [64] * 3)
+    assert found.hourglass_score < -0.02
+    assert found.verdict == verdict

@@ -54,9 +54,9 @@ def test_line_breaks_cannot_make_another_field():
 @pytest.mark.parametrize(
     "example, error, message",
     [
-        ({}, ValueError, r"none of the fields \['profile', 'history', 'query'\]"),
-        ({"qurey": "milk"}, ValueError, r"found \['qurey'\]"),
-        ({"query": "  ", "history": []}, ValueError, "none of the fields"),
+        ({}, ValueError, r"no value for any of the fields \['profile', 'history', 'query'\]"),
+        ({"qurey": "milk"}, ValueError, r"its keys: \['qurey'\]"),
+        ({"query": "  ", "history": []}, ValueError, "no value for any of the fields"),
         ("milk", TypeError, "dict with the fields .* got str"),
         ({"query": 5}, TypeError, "'query' must be text.* got int: 5"),
         ({"query": ["milk"]}, TypeError, "'query' must be text.* got list"),

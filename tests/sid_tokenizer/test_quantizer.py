@@ -239,9 +239,9 @@ def with_value(value):
 
 
 BAD_EMBEDDINGS = {
-    "nan": (with_value(np.nan), ValueError, r"NaN or infinite.*row 17.*Remove"),
-    "inf": (with_value(np.inf), ValueError, r"NaN or infinite.*row 17.*Remove"),
-    "tensor": (torch.tensor(with_value(-np.inf)), ValueError, r"NaN or infinite.*row 17"),
+    "nan": (with_value(np.nan), ValueError, r"NaN, infinite.*row 17.*Remove"),
+    "inf": (with_value(np.inf), ValueError, r"NaN, infinite.*row 17.*Remove"),
+    "tensor": (torch.tensor(with_value(-np.inf)), ValueError, r"NaN, infinite.*row 17"),
     "late": (np.r_[np.zeros((CHUNK_ROWS, 8)), [[np.nan] * 8]], ValueError, rf"row {CHUNK_ROWS}\b"),
     "1-D": (gaussian()[0], ValueError, r"shape \(8,\).*\(N, D\).*embedding\[None\]"),
     "3-D": (gaussian()[None], ValueError, r"shape \(1, 200, 8\)"),

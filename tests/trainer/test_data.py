@@ -67,7 +67,7 @@ def test_tokenize_examples_of_an_empty_batch(tokenizer):
         ({"question": ["milk"], "product": ["p2"]}, r"none of the prompt's fields.*\['product', 'question'\]"),
         ({"query": ["milk"], "product": ["p999"]}, "not in the catalog.*p999"),
         ({"query": ["milk"], "history": [["p999"]], "product": ["p2"]}, "not in the catalog.*p999"),
-        ({"query": ["milk", ""], "product": ["p2", "p3"]}, "none of the fields"),
+        ({"query": ["milk", ""], "product": ["p2", "p3"]}, "no value for any of the fields"),
     ],
 )
 def test_tokenize_examples_names_what_is_wrong(tokenizer, examples, message):

@@ -472,3 +472,21 @@ def test_wrong_arguments_are_refused_by_name(model, tokenizer, base_tokenizer, m
         trainer.evaluate(Dataset.from_list([{"input_ids": [1, 2], "label_ids": [3]}]))
     with pytest.raises(ValueError, match='column "product"'):
         trainer.predict(Dataset.from_list([{"query": "milk"}]))
+
+
+@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("qwen", "qwen")], indirect=True)
+def test_a_misspelt_column_is_warned_about(model, make_trainer, make_purchases, caplog):
+    rows = [{"qurey" if key == "query" else key: value for key, value in row.items()} for row in make_purchases(4)]
+    with caplog.at_level("WARNING"):
+        make_trainer(model, train=rows)
+    assert "no column ['query']" in caplog.text and "['qurey'] are not used" in caplog.text
+
+
+@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
+def test_evaluation_in_small_pieces_changes_nothing(model, make_trainer, make_purchases, monkeypatch):
+    trainer = make_trainer(model, evaluation=make_purchases(10))
+    together = trainer.predict(trainer.eval_dataset)
+    monkeypatch.setattr(sys.modules[SIDTrainer.__module__], "MAX_LOGITS", 1)
+    apart = trainer.predict(trainer.eval_dataset)
+    for one, other in zip(together.predictions, apart.predictions, strict=True):
+        np.testing.assert_array_equal(one, other)
