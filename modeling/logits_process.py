@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from .trie import SIDTrie
+from .trie import SIDTrie, check_catalog_rows
 
 
 class SIDLogitsProcessor(LogitsProcessor):
@@ -26,7 +26,8 @@ class SIDLogitsProcessor(LogitsProcessor):
             Number of columns of the `input_ids` given to `generate()`, padding included. SIDs within the prompt are
             never taken for generated ones. Less by n if the last n tokens of every prompt begin the SID.
         trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
-            The SIDs that are allowed.
+            The SIDs that are allowed, for instance those in stock: `SIDTrie.from_tokenizer(tokenizer, sid_rows)`. Its
+            rows must be the catalog's, which [`SIDLogitsProcessor.sid_rows`] checks.
 
     Raises:
         `ValueError`: if `prompt_length` is negative, larger than what `generate()` passes, or too small, so that no
@@ -45,6 +46,7 @@ class SIDLogitsProcessor(LogitsProcessor):
     def __init__(self, tokenizer, prompt_length: int, trie: SIDTrie | None = None):
         if isinstance(prompt_length, bool) or not isinstance(prompt_length, int) or prompt_length < 0:
             raise ValueError(f"`prompt_length` must be an integer of at least 0, got {prompt_length!r}.")
+        self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.prompt_length = prompt_length
         self.trie = SIDTrie.from_tokenizer(tokenizer) if trie is None else trie
@@ -80,13 +82,18 @@ class SIDLogitsProcessor(LogitsProcessor):
             sequences (`torch.LongTensor` of shape `(R, length)`): The prompts with what was generated.
 
         Returns:
-            `torch.LongTensor` of shape `(R,)`: The row of each SID, -1 where there is no valid one.
+            `torch.LongTensor` of shape `(R,)`: The row of each SID in the catalog, -1 where there is no valid one.
+
+        Raises:
+            `ValueError`: if `sequences` are shorter than the prompt, or the rows of the trie are not the catalog's.
         """
         self._check_length(sequences)
         generated = sequences[:, self.prompt_length :]
         has_ended = (generated == self.eos_token_id).cumsum(dim=1) > 0
         trie = self._trie_on(sequences.device)
-        return trie.sid_rows(trie.walk(generated.masked_fill(has_ended, -1)))
+        rows = trie.sid_rows(trie.walk(generated.masked_fill(has_ended, -1)))
+        check_catalog_rows(trie, self.tokenizer, rows)
+        return rows
 
     def _check_length(self, input_ids: torch.Tensor) -> None:
         if input_ids.shape[1] < self.prompt_length:

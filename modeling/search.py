@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
-from .trie import SIDTrie
+from .trie import SIDTrie, check_catalog_rows
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +49,8 @@ def search(
             Number of unfinished SIDs kept at each level. Scores are exact at any width, but a narrow search misses
             SIDs: on a model with known distribution 10, 20 and 50 beams found .59, .88 and 1.00 of the true top 10.
         trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
-            The SIDs that may be returned. Building the default takes a sort of the catalog: pass one to repeated calls.
+            The SIDs that may be returned, for instance those in stock: `SIDTrie.from_tokenizer(tokenizer, sid_rows)`.
+            Its rows must be the catalog's. Building the default takes a sort of the catalog: pass one to repeated calls.
         prefix_codes (`list[list[int]]`, *optional*):
             For each prompt the first codes of the SID, in the order of its tokens, -1 for an absent layer. They are
             taken as given: scores are conditional on them and do not include them.
@@ -65,7 +66,8 @@ def search(
     Raises:
         `TypeError`: if `inputs` is none of the above, such as a single example.
         `ValueError`: if a number is out of range, a prompt is empty or longer than the model's context, the model has
-            no rows for the SID tokens, or a prefix is outside the trie.
+            no rows for the SID tokens or rows for other codebooks than the tokenizer's, a prefix is outside the trie, or
+            the rows of `trie` are not the catalog's.
 
     Example:
 
@@ -82,11 +84,20 @@ def search(
     if batch_size is None:
         batch_size = max(1, MAX_LOGITS // (num_beams * text_config.vocab_size))
     _check_positive(batch_size=batch_size)
-    trie = (SIDTrie.from_tokenizer(tokenizer) if trie is None else trie).to(model.device)
+    trained, given = getattr(model.config, "sid_codebook", None), tokenizer.codebook_fingerprint()
+    if trained is not None and trained != given:
+        raise ValueError(
+            f"The model was trained with the SID tokens of codebook {trained}, the tokenizer has codebook {given}: the "
+            f"model's codes would name other products. Load the tokenizer that was saved with the model."
+        )
+    is_own_trie = trie is None
+    trie = (SIDTrie.from_tokenizer(tokenizer) if is_own_trie else trie).to(model.device)
 
     # 2. prompts as lists of ids, the given codes behind them
     max_length = getattr(text_config, "max_position_embeddings", None)
-    prompts = _prompt_ids(tokenizer, inputs, max_length and max_length - trie.depth - 1)
+    # Histories are cut where training cut them, if the tokenizer knows that, and at the model's context anyway.
+    limits = [tokenizer.prompt_template.max_length, max_length and max_length - trie.depth - 1]
+    prompts = _prompt_ids(tokenizer, inputs, min((limit for limit in limits if limit), default=None))
     if not prompts:
         return []
     prefixes = _prefix_ids(tokenizer, prefix_codes, len(prompts))
@@ -139,6 +150,8 @@ def search(
         sid_rows[batch], scores[batch] = found[0].cpu(), found[1].cpu()
 
     # 4. SIDs to products
+    if not is_own_trie:
+        check_catalog_rows(trie, tokenizer, sid_rows)
     product_rows, positions = tokenizer.catalog.expand_sids(sid_rows.numpy(), top_k)
     is_product = product_rows >= 0
     prompt_of, _ = is_product.nonzero()

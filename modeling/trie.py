@@ -20,10 +20,14 @@ class SIDTrie:
     Args:
         sequences (`torch.Tensor` of shape `(num_sids, depth)`):
             Token ids of the SIDs, one row per SID, padded with -1 on the right. No row may be a prefix of another.
+        sid_rows (`torch.LongTensor` of shape `(num_sids,)`, *optional*, defaults to the positions in `sequences`):
+            The catalog's row of each SID, which is what the leaves hold. The default is right only where `sequences`
+            are all SIDs of a catalog in its order: for a subset use [`SIDTrie.from_tokenizer`].
 
     Raises:
-        `TypeError`: if `sequences` is no integer tensor.
-        `ValueError`: if it is empty, has a token after a -1, holds a SID twice, or a SID that is the prefix of another.
+        `TypeError`: if `sequences` or `sid_rows` is no integer tensor.
+        `ValueError`: if `sequences` is empty, has a token after a -1, holds a SID twice, or a SID that is the prefix of
+            another; if `sid_rows` has another length, a negative row or one row twice.
 
     Attributes:
         depth (`int`): Number of tokens of the longest SID.
@@ -37,10 +41,11 @@ class SIDTrie:
     >>> trie = SIDTrie(torch.tensor([[10, 20, 30], [10, 21, -1]]))
     >>> trie.sid_rows(trie.walk(torch.tensor([[10, 21], [10, 20], [11, 20]])))
     tensor([ 1, -1, -1])
+    >>> in_stock = SIDTrie.from_tokenizer(tokenizer, torch.tensor([4, 17, 256]))
     ```
     """
 
-    def __init__(self, sequences: torch.Tensor):
+    def __init__(self, sequences: torch.Tensor, sid_rows: torch.Tensor | None = None):
         if not isinstance(sequences, torch.Tensor):
             raise TypeError(f"`sequences` must be a tensor of token ids, got {type(sequences).__name__}.")
         if sequences.is_floating_point() or sequences.is_complex() or sequences.dtype == torch.bool:
@@ -50,6 +55,8 @@ class SIDTrie:
                 f"`sequences` must have the shape (num_sids, depth) with at least one SID and one token, got "
                 f"{tuple(sequences.shape)}. A trie without SIDs would forbid every token."
             )
+        if sid_rows is not None:
+            _check_sid_rows(sid_rows, sequences.shape[0])
 
         # 1. order the SIDs lexicographically; an absent token sorts first, so a prefix stands right before its extension
         tokens = sequences.detach().cpu().numpy()
@@ -79,7 +86,8 @@ class SIDTrie:
         nodes = np.zeros(num_sids, dtype=np.int64)
         level_start, level_size = 0, 1
         token_type = np.int16 if self.max_token_id - first_token_id <= np.iinfo(np.int16).max else np.int32
-        row_type = np.int32 if num_sids <= np.iinfo(np.int32).max else np.int64
+        leaf_rows = order if sid_rows is None else sid_rows.detach().cpu().numpy()[order]
+        row_type = np.int32 if leaf_rows.max() <= np.iinfo(np.int32).max else np.int64
         level_starts, edge_tokens, child_counts, node_rows = [0], [], [], [np.array([-1], dtype=row_type)]
         for column in range(self.depth):
             opens_edge[1:] |= codes[1:, column] != codes[:-1, column]
@@ -107,7 +115,7 @@ class SIDTrie:
             # Rows that ended at an earlier level get a meaningless node here; they open no edge, so it is never read.
             nodes = level_start - 1 + np.cumsum(is_edge)
             rows = np.full(level_size, -1, dtype=row_type)
-            rows[nodes[is_last] - level_start] = order[is_last]
+            rows[nodes[is_last] - level_start] = leaf_rows[is_last]
             node_rows.append(rows)
 
         # 3. offsets in the narrowest type that holds them
@@ -126,17 +134,34 @@ class SIDTrie:
         self._level_starts = torch.tensor(level_starts)
 
     @classmethod
-    def from_tokenizer(cls, tokenizer) -> "SIDTrie":
+    def from_tokenizer(cls, tokenizer, sid_rows: torch.Tensor | None = None) -> "SIDTrie":
         """
-        Builds the trie of all SIDs of a tokenizer's catalog.
+        Builds the trie of all or some SIDs of a tokenizer's catalog.
 
         Args:
-            tokenizer ([`SIDTokenizer`]): The tokenizer; its `sid_sequences()` are the rows of the trie.
+            tokenizer ([`SIDTokenizer`]):
+                The tokenizer, whose `sid_sequences` become the paths.
+            sid_rows (`torch.LongTensor` of shape `(num_sids,)`, *optional*, defaults to all):
+                The catalog's rows of the SIDs that are kept, each once, in any order.
 
         Returns:
             [`SIDTrie`]: The trie, on the CPU, whose SID rows are the catalog's.
+
+        Raises:
+            `TypeError`: if `sid_rows` is no integer tensor.
+            `ValueError`: if `sid_rows` is empty, has a negative row, one row twice, or a row beyond the catalog.
         """
-        return cls(tokenizer.sid_sequences())
+        if sid_rows is None:
+            return cls(tokenizer.sid_sequences())
+        _check_sid_rows(sid_rows)
+        num_sids = tokenizer.catalog.num_sids
+        if sid_rows.max() >= num_sids:
+            raise ValueError(
+                f"`sid_rows` has row {int(sid_rows.max())} but the catalog only {num_sids} SIDs. Pass rows of SIDs, not of "
+                f"products: `tokenizer.catalog.sid_rows(product_rows)` translates, and `torch.unique` drops repetitions."
+            )
+        sid_rows = sid_rows.detach().cpu()
+        return cls(tokenizer.sid_sequences(sid_rows.numpy()), sid_rows)
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +234,8 @@ class SIDTrie:
             nodes (`torch.Tensor` of any shape): Node ids, -1 for none.
 
         Returns:
-            `torch.Tensor` of the same shape: The row of the SID that ends at each node (int64), -1 for inner nodes.
+            `torch.Tensor` of the same shape: The row, in the catalog, of the SID that ends at each node (int64), -1 for
+            inner nodes.
         """
         return torch.where(nodes < 0, -1, self._node_rows[nodes.clamp(min=0)].long())
 
@@ -238,6 +264,56 @@ class SIDTrie:
         inside = nodes.clamp(min=0)
         start = self._indptr[inside].long()
         return start, torch.where(nodes < 0, start, self._indptr[inside + 1].long())
+
+
+def check_catalog_rows(trie: SIDTrie, tokenizer, sid_rows: torch.Tensor) -> None:
+    """
+    Checks that SIDs found in a trie are the catalog's SIDs of the same rows.
+
+    Args:
+        trie ([`SIDTrie`]): The trie that `sid_rows` were read from.
+        tokenizer ([`SIDTokenizer`]): The tokenizer with the catalog.
+        sid_rows (`torch.Tensor` of any shape): SID rows; -1 for none.
+
+    Raises:
+        `ValueError`: if the trie has another path for a row than the catalog, or the catalog has no such row.
+    """
+    rows = sid_rows[sid_rows >= 0].unique().cpu()
+    wrong = rows >= tokenizer.catalog.num_sids
+    if not wrong.any():
+        paths = tokenizer.sid_sequences(rows.numpy()).to(trie.device)
+        wrong = trie.sid_rows(trie.walk(paths)).cpu() != rows
+    if wrong.any():
+        raise ValueError(
+            f"The trie's SID of row {int(rows[wrong][0])} is not the SID that the catalog has in this row, so that wrong "
+            f"products would be returned. Build the trie of a subset with `SIDTrie.from_tokenizer(tokenizer, sid_rows)`, "
+            f"from this tokenizer."
+        )
+
+
+def _check_sid_rows(sid_rows: torch.Tensor, num_sids: int | None = None) -> None:
+    if not isinstance(sid_rows, torch.Tensor):
+        raise TypeError(
+            f"`sid_rows` must be a tensor of the catalog's SID rows, got {type(sid_rows).__name__}: `torch.tensor(rows)`."
+        )
+    if sid_rows.is_floating_point() or sid_rows.is_complex() or sid_rows.dtype == torch.bool:
+        raise TypeError(
+            f"`sid_rows` must hold integers, got {sid_rows.dtype}. Of a boolean mask take `mask.nonzero()[:, 0]`."
+        )
+    if sid_rows.dim() != 1 or len(sid_rows) == 0 or num_sids not in (None, len(sid_rows)):
+        raise ValueError(
+            f"`sid_rows` must have the shape ({'num_sids' if num_sids is None else num_sids},) with at least one row, got "
+            f"{tuple(sid_rows.shape)}. A trie without SIDs would forbid every token."
+        )
+    if sid_rows.min() < 0:
+        raise ValueError(f"`sid_rows` must be rows of the catalog, 0 or more, got {int(sid_rows.min())}.")
+    ascending = sid_rows.sort().values
+    repeated = ascending[1:][ascending[1:] == ascending[:-1]]
+    if len(repeated):
+        raise ValueError(
+            f"`sid_rows` holds row {int(repeated[0])} more than once. A SID needs one row only, also if several products "
+            f"share it: pass `torch.unique(sid_rows)`."
+        )
 
 
 def _lexical_order(codes: np.ndarray, num_symbols: int) -> np.ndarray:

@@ -151,6 +151,10 @@ class ProductCatalog:
         }
         return cls(columns, [int(size) for size in codebook_sizes], pruning, suffix_size or 0)
 
+    def __getstate__(self):
+        # What is made on first use stays out, so that a catalog has the same hash before and after.
+        return {**self.__dict__, "_sid_index": None}
+
     def __len__(self):
         return len(self.columns["product_sids"])
 
@@ -293,12 +297,15 @@ class ProductCatalog:
         safe = np.maximum(sid_rows, 0)
         sizes = np.where(sid_rows < 0, 0, offsets[safe + 1] - offsets[safe])
         ends = np.cumsum(sizes, axis=1)
-        # Rank r of a row belongs to the first SID whose products end behind r.
+        starts = ends - sizes
+        # Rank r of a row belongs to the last SID with products that starts at r or before.
         ranks = np.arange(top_k)
-        positions = (ends[:, None, :] <= ranks[None, :, None]).sum(2)
-        valid = positions < sid_rows.shape[1]
-        positions = np.where(valid, positions, 0)
-        within = ranks - np.take_along_axis(ends - sizes, positions, axis=1)
+        row, slot = np.nonzero((sizes > 0) & (starts < top_k))
+        positions = np.zeros((len(sid_rows), top_k), dtype=np.int64)
+        positions[row, starts[row, slot]] = slot
+        positions = np.maximum.accumulate(positions, axis=1)
+        valid = ranks < ends[:, -1:]
+        within = ranks - np.take_along_axis(starts, positions, axis=1)
         index = np.take_along_axis(offsets[safe], positions, axis=1) + within
         products = self.columns["sid_products"][np.where(valid, index, 0)].astype(np.int64)
         return np.where(valid, products, -1), np.where(valid, positions, -1)

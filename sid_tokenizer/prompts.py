@@ -10,7 +10,7 @@ class PromptTemplate:
     A prompt is the fields that an example has, in a fixed order, each behind its label, and a label for the answer.
 
     Training and serving build prompts with the template that is stored in the tokenizer's bundle. Line breaks and runs
-    of spaces within a value become one space, so that a value cannot look like another field.
+    of spaces within a value become one space, so that with the default separator a value cannot look like another field.
 
     Args:
         fields (`list[str]`, *optional*, defaults to `["profile", "history", "query"]`):
@@ -22,9 +22,12 @@ class PromptTemplate:
             What stands before the answer.
         separator (`str`, *optional*, defaults to `"\n"`):
             What stands between fields.
+        max_length (`int`, *optional*):
+            Longest prompt in tokens. [`SIDTrainer`] sets it to the length that it trains with, so that serving cuts
+            histories as training did.
 
     Raises:
-        `ValueError`: if no field is given, or one twice.
+        `ValueError`: if no field is given, or one twice, a label is that of no field, or `max_length` is less than 1.
 
     Example:
 
@@ -37,10 +40,15 @@ class PromptTemplate:
     labels: dict[str, str] = field(default_factory=dict)
     answer: str = "Product:"
     separator: str = "\n"
+    max_length: int | None = None
 
     def __post_init__(self):
         if not self.fields or len(set(self.fields)) != len(self.fields):
             raise ValueError(f"fields={self.fields}: name at least one field, and each once.")
+        if set(self.labels) - set(self.fields):
+            raise ValueError(f"labels for {sorted(set(self.labels) - set(self.fields))}, but fields={self.fields}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be at least 1.")
 
     def label(self, name):
         # A space between the label and SIDs would become a token of its own in most tokenizers.
@@ -111,7 +119,14 @@ def flatten_text(name, value):
         `TypeError`: if it is neither a string nor a mapping.
     """
     if isinstance(value, Mapping):
-        value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry not in (None, ""))
+        for key, entry in value.items():
+            if entry is not None and not isinstance(entry, str | int | float):
+                raise TypeError(
+                    f"Field {name!r} has {key!r}: {entry!r}, which is {type(entry).__name__}. Give text or a number."
+                )
+        # pandas says NaN for a missing value, and NaN is what differs from itself.
+        present = {key: entry for key, entry in value.items() if entry is not None and entry == entry and entry != ""}
+        value = ", ".join(f"{key} {entry}" for key, entry in present.items())
     if not isinstance(value, str):
         raise TypeError(f"Field {name!r} must be text or a mapping of text, got {type(value).__name__}: {value!r}.")
     return " ".join(value.split())

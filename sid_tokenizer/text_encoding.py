@@ -11,7 +11,8 @@ class TextEncoder:
     A copy of a tokenizer's backend that knows neither SID nor control tokens, so that no query can inject one.
 
     Removing the tokens is what it takes: `encode_special_tokens=True` leaves added tokens that are not special, as SIDs
-    are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept.
+    are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept if they consist of
+    letters, digits and spaces; any other added token, as `<|user|>` or another index's `<d_5>`, counts as a control token.
 
     Args:
         backend (`tokenizers.Tokenizer`):
@@ -25,12 +26,21 @@ class TextEncoder:
         added = state["added_tokens"]
         state["added_tokens"], state["post_processor"], state["truncation"], state["padding"] = [], None, None, None
         self.backend = Tokenizer.from_str(json.dumps(state))
-        self.blocked = np.zeros(backend.get_vocab_size(with_added_tokens=True), dtype=bool)
+        size = max([backend.get_vocab_size(with_added_tokens=True), *(token["id"] + 1 for token in added)])
+        self.blocked = np.zeros(size, dtype=bool)
         self.blocked[blocked_ids] = True
 
-        # Tokens that add_tokens("word") made are text; whatever is special or exempt from normalisation is markup.
-        words = [token for token in added if token["normalized"] and not token["special"]]
-        words = [token for token in words if not self.blocked[token["id"]]]
+        # A flag does not tell a word from markup: add_tokens("<|user|>") makes what add_tokens("word") makes. Special
+        # tokens are the caller's to block, which lets the unknown token through.
+        words = []
+        for token in added:
+            letters = "".join(token["content"].lstrip("▁Ġ").split())
+            # Runs of spaces, which some models hold as added tokens, are text as well.
+            if not letters or letters.isalnum():
+                if token["normalized"] and not token["special"] and not self.blocked[token["id"]]:
+                    words.append(token)
+            elif not token["special"]:
+                self.blocked[token["id"]] = True
         self.backend.add_tokens(
             [AddedToken(**{key: value for key, value in token.items() if key != "id"}) for token in words]
         )

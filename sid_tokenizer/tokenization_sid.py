@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Iterable
+from itertools import chain
 from json import JSONDecodeError
 
 import numpy as np
@@ -189,14 +190,24 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         # normaliser cannot change their spelling.
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
-        prefix = base("")["input_ids"]
-        prefix = prefix[: prefix.index(base.eos_token_id)] if base.eos_token_id in prefix else prefix
+        # What the base puts in front of a text, found by what it puts around one.
+        whole, bare = base("a")["input_ids"], base("a", add_special_tokens=False)["input_ids"]
+        starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+        prefix = whole[: starts[0]] if starts else []
+        template = prompt_template if prompt_template is not None else PromptTemplate()
+        literals = [template.answer, template.separator, *template.labels.values()]
+        markup = [token for token in base.all_special_tokens if any(token in literal for literal in literals)]
+        if markup:
+            raise ValueError(
+                f"The prompt template holds the control token {markup[0]!r}, which would be spelled out as text. Leave it "
+                "out of labels, separator and answer."
+            )
         tokenizer = cls(
             tokenizer_object=backend,
             sid_parts={
                 "catalog": catalog,
                 "quantizer": quantizer,
-                "prompt_template": prompt_template if prompt_template is not None else PromptTemplate(),
+                "prompt_template": template,
                 "prompt_prefix": base.convert_ids_to_tokens(prefix),
                 "token_format": token_format,
                 "layer_order": layer_order,
@@ -235,12 +246,18 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         for layer, ids in enumerate(self._layer_token_ids):
             self._token_layer[ids] = layer
             self._token_code[ids] = np.arange(len(ids))
-        self._text_encoder = None
+        self._max_sid_length = int(self.catalog.lengths().max())
+        # What is made on first use. The name is one that datasets leaves out of a tokenizer's hash, which would otherwise
+        # change with use, and with it the fingerprint of every `map`.
+        self.cache = {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": {}}
 
     @property
     def max_sid_length(self):
         """Tokens of the longest SID, without the end token."""
-        return int(self.catalog.lengths().max())
+        return self._max_sid_length
 
     def layer_token_ids(self):
         """
@@ -264,11 +281,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             `str`: 16 hexadecimal digits that change with the codebooks, or with the ids of the SID tokens. A model's rows
             for SID tokens belong to one fingerprint.
         """
-        digest = hashlib.sha256(np.concatenate(self._layer_token_ids).tobytes())
-        if self.quantizer is not None:
-            for codebook in self.quantizer.codebooks:
-                digest.update(codebook.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        if "fingerprint" not in self.cache:
+            digest = hashlib.sha256(np.concatenate(self._layer_token_ids).tobytes())
+            if self.quantizer is not None:
+                for codebook in self.quantizer.codebooks:
+                    digest.update(codebook.detach().float().cpu().numpy().tobytes())
+            self.cache["fingerprint"] = digest.hexdigest()[:16]
+        return self.cache["fingerprint"]
 
     def sid_vocabulary(self):
         """
@@ -360,17 +379,27 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         """
         num_layers = self.catalog.num_layers
         position_of_layer = np.argsort([*self.layer_order, num_layers])
-        codes = np.full((len(token_ids), num_layers + 1), -1, dtype=np.int64)
-        valid = np.ones(len(token_ids), dtype=bool)
-        for row, ids in enumerate(token_ids):
-            ids = np.asarray(ids, dtype=np.int64)
-            ends = np.flatnonzero((ids == self.eos_token_id) | (ids == self.pad_token_id))
-            ids = ids[: ends[0]] if len(ends) else ids
-            in_range = (ids >= 0) & (ids < len(self._token_layer))
-            layers = self._token_layer[ids[in_range]]
-            valid[row] = in_range.all() and (layers >= 0).all() and (np.diff(position_of_layer[layers]) > 0).all()
-            if valid[row]:
-                codes[row, layers] = self._token_code[ids]
+        # 1. a matrix of the leading tokens. The longest SID has num_layers + 1 of them and one more shows that a row is
+        # longer, so that a row of any length costs no more.
+        lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
+        flat = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=int(lengths.sum()))
+        columns = np.arange(num_layers + 2)
+        inside = columns < lengths[:, None]
+        ids = np.full(inside.shape, -1, dtype=np.int64)
+        ids[inside] = flat[((np.cumsum(lengths) - lengths)[:, None] + columns)[inside]]
+
+        # 2. what stands before the first end or padding token must be SID tokens in the order of the layers
+        ends = ~inside | (ids == self.eos_token_id) | (ids == self.pad_token_id)
+        before_end = np.cumsum(ends, axis=1) == 0
+        in_range = (ids >= 0) & (ids < len(self._token_layer))
+        layers = np.where(in_range, self._token_layer[np.where(in_range, ids, 0)], -1)
+        is_ascending = np.diff(position_of_layer[layers], axis=1) > 0
+        valid = ((layers >= 0) | ~before_end).all(1) & (is_ascending | ~before_end[:, 1:]).all(1)
+
+        # 3. their codes, in the columns of their layers
+        codes = np.full((len(ids), num_layers + 1), -1, dtype=np.int64)
+        row, column = np.nonzero(before_end & valid[:, None])
+        codes[row, layers[row, column]] = self._token_code[ids[row, column]]
         return np.where(valid, self.catalog.find_sids(codes), -1)
 
     def prefix_token_ids(self, prefix_codes):
@@ -414,15 +443,15 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         """
         if isinstance(texts, str):
             return self.encode_text([texts])[0]
-        if self._text_encoder is None:
+        if "text_encoder" not in self.cache:
             added = self._tokenizer.get_added_tokens_decoder()
             special = [token_id for token_id, token in added.items() if token.special]
             blocked = {*self.sid_vocabulary().tolist(), *self.all_special_ids, *special}
             # Text may hold unknown characters, unless the unknown token has a second office.
             if self.unk_token_id not in (self.eos_token_id, self.bos_token_id):
                 blocked.discard(self.unk_token_id)
-            self._text_encoder = TextEncoder(self._tokenizer, np.array(sorted(blocked)))
-        return self._text_encoder.encode_batch(texts)
+            self.cache["text_encoder"] = TextEncoder(self._tokenizer, np.array(sorted(blocked)))
+        return self.cache["text_encoder"].encode_batch(texts)
 
     def encode_prompts(self, examples, max_length=None):
         """
@@ -432,7 +461,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             examples (`list[dict]`):
                 Values of the prompt template's fields.
             max_length (`int`, *optional*):
-                Longest prompt in tokens. The oldest products of a history are left out first; text never is.
+                Longest prompt in tokens, the template's `max_length` if not given. The oldest products of a history are left
+                out first; text never is.
 
         Returns:
             `dict`: `input_ids` (`list[list[int]]`), and `num_truncated` (`list[int]`): how many products of each history
@@ -448,6 +478,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         texts = self.encode_text([text for before, _, after in parts for text in (before, after)])
         histories = self.encode_products([product for _, history, _ in parts for product in history])
         prefix = self.convert_tokens_to_ids(self.prompt_prefix)
+        max_length = self.prompt_template.max_length if max_length is None else max_length
 
         prompts, num_truncated, start = [], [], 0
         for row, (_, history, _) in enumerate(parts):
@@ -456,6 +487,11 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             kept = len(sids)
             if max_length is not None:
                 room = max_length - len(before) - len(after)
+                if sids and room < len(sids[-1]):
+                    # Not even the latest product fits: the prompt of an empty history, which has no label for it.
+                    bare = self.prompt_template.split({**examples[row], "history": None})[0]
+                    before, after = prefix + self.encode_text(bare), []
+                    room = min(0, max_length - len(before))
                 if room < 0:
                     raise ValueError(
                         f"Prompt {row} takes {len(before) + len(after)} tokens without its history, more than "

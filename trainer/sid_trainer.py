@@ -113,6 +113,8 @@ class SIDTrainer(Trainer):
             compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
             **kwargs,
         )
+        # Kept with the tokenizer: serving must cut histories where training did.
+        processing_class.prompt_template.max_length = self.max_prompt_length
 
     def _tokenize(self, dataset, name, tokenizer, args):
         if dataset is None:
@@ -127,6 +129,13 @@ class SIDTrainer(Trainer):
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty: it needs at least one purchase.")
         if {"input_ids", "label_ids"} <= set(dataset.column_names or ()):
+            if isinstance(dataset, Dataset) and self.max_prompt_length is not None:
+                longest = max(map(len, dataset["input_ids"]))
+                if longest > self.max_prompt_length:
+                    raise ValueError(
+                        f"The {name} dataset holds a prompt of {longest} tokens, more than {self.max_prompt_length}. Tokenize "
+                        f"it with max_prompt_length={self.max_prompt_length}, or pass the purchases themselves."
+                    )
             return dataset
         fields, columns = set(tokenizer.prompt_template.fields), set(dataset.column_names or ())
         if fields - columns and columns - fields - {"product"}:
@@ -155,6 +164,14 @@ class SIDTrainer(Trainer):
                     "left out. Raise max_prompt_length to keep them."
                 )
         return dataset
+
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`."""
+        # transformers 5.23 marks a model that was evaluated first as prepared, and would then train it without DDP, each
+        # process on its own.
+        if self.model_wrapped is self.model and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `Trainer.evaluate`; `eval_dataset` may hold raw purchases."""
@@ -276,11 +293,12 @@ def _strings_of(rows, name):
 def _max_prompt_length(args, model, tokenizer):
     context = getattr(model.config, "max_position_embeddings", None)
     answer = tokenizer.max_sid_length + 1
+    chosen = args.max_prompt_length if args.max_prompt_length is not None else tokenizer.prompt_template.max_length
     if context is None:
-        return args.max_prompt_length
-    if args.max_prompt_length is not None and args.max_prompt_length + answer > context:
+        return chosen
+    if chosen is not None and chosen + answer > context:
         raise ValueError(
-            f"max_prompt_length={args.max_prompt_length} and an answer of {answer} tokens exceed the model's context of "
+            f"max_prompt_length={chosen} and an answer of {answer} tokens exceed the model's context of "
             f"{context}. Use at most max_prompt_length={context - answer}."
         )
-    return args.max_prompt_length if args.max_prompt_length is not None else context - answer
+    return chosen if chosen is not None else context - answer

@@ -60,6 +60,11 @@ class SIDTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError(
+                "batch_eval_metrics=True and eval_do_concat_batches=False hand metrics to compute_metrics in pieces, while "
+                "rankings are scored over all rows. Leave both at their defaults."
+            )
         if self.eval_normalize not in ("vocab", "sid"):
             raise ValueError(f'eval_normalize={self.eval_normalize!r} is unknown; choose "vocab" or "sid".')
         if self.init_sid_rows not in (None, "codebook", "noise"):

@@ -12,10 +12,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ProgressCallback,
     set_seed,
 )
 
-from rqsid import PromptTemplate, SIDTrainer, SIDTrainingArguments
+from rqsid import (
+    PromptTemplate,
+    SIDLogitsProcessor,
+    SIDTrainer,
+    SIDTrainingArguments,
+    SIDTrie,
+    sid_generation_config,
+)
 
 
 @dataclass
@@ -26,6 +34,13 @@ class Arm:
     trainer: SIDTrainer
     output: object
     rankings: dict
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's bar without the log lines between; the report says what they would."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
 
 
 def train_base_tokenizer(texts, vocab_size=4000):
@@ -64,7 +79,7 @@ def make_model(arguments, tokenizer):
     """A checkpoint, or a small model of the Llama-2 architecture from scratch."""
     set_seed(arguments.seed)
     if arguments.model:
-        return AutoModelForCausalLM.from_pretrained(arguments.model)
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
@@ -88,7 +103,8 @@ def train_arm(name, arguments, tokenizer, purchases):
         output_dir=os.path.join(arguments.output, "checkpoints", name),
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=50,
-        learning_rate=arguments.learning_rate,
+        # A checkpoint has something to forget.
+        learning_rate=arguments.learning_rate or (2e-5 if arguments.model else 3e-3),
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         weight_decay=0.01,
@@ -111,6 +127,8 @@ def train_arm(name, arguments, tokenizer, purchases):
         eval_dataset=purchases.validation.select(range(min(100, len(purchases.validation)))),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar)
     trainer.train()
     trainer.save_model(os.path.join(arguments.output, name))
     return trainer
@@ -126,29 +144,27 @@ def rank_test_rows(name, trainer, test):
 
 
 @torch.no_grad()
-def unconstrained_invalid_rate(trainer, test, num_beams=10):
+def invalid_rates(trainer, test, constrained, num_beams=10):
     """
-    Share of SIDs outside the catalog when `generate()` runs without constraint: `num_beams` beams, all returned.
+    Share of the answers of `generate()` that are no SID of the catalog, with or without [`SIDLogitsProcessor`].
+
+    Returns:
+        `tuple[float, float]`: of the best answer to each prompt, and of all `num_beams` answers.
     """
     tokenizer, model = trainer.processing_class, trainer.model.eval()
-    length = tokenizer.max_sid_length + 1
+    config = sid_generation_config(model, tokenizer, num_beams=num_beams, num_return_sequences=num_beams)
+    trie = SIDTrie.from_tokenizer(tokenizer)
     invalid = []
     for start in range(0, len(test), 50):
-        prompts = tokenizer.encode_prompts(
-            test.select(range(start, min(start + 50, len(test)))).to_list(), max_length=trainer.max_prompt_length
-        )
-        batch = tokenizer.pad({"input_ids": prompts["input_ids"]}, return_tensors="pt").to(model.device)
-        sequences = model.generate(
-            **batch,
-            num_beams=num_beams,
-            num_return_sequences=num_beams,
-            max_new_tokens=length,
-            do_sample=False,
-            length_penalty=0.0,
-        )
-        answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
-        invalid += (tokenizer.find_sids(answers) < 0).tolist()
-    return float(np.mean(invalid))
+        examples = test.select(range(start, min(start + 50, len(test)))).to_list()
+        prompts = tokenizer.encode_prompts(examples)["input_ids"]
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+        width = batch["input_ids"].shape[1]
+        processors = [SIDLogitsProcessor(tokenizer, prompt_length=width, trie=trie)] if constrained else []
+        sequences = model.generate(**batch, generation_config=config, logits_processor=processors)
+        invalid.append((tokenizer.find_sids(sequences[:, width:].tolist()) < 0).reshape(-1, num_beams))
+    invalid = np.concatenate(invalid)
+    return float(invalid[:, 0].mean()), float(invalid.mean())
 
 
 def head_codes(codes, popularity, layer, size):

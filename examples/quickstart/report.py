@@ -4,6 +4,18 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import psutil
+
+LEGEND = """
+- *entropy*, *normalised*: of the layer's codes, and as a share of log2 of the codebook; *Gini*, *std*: of the number of products
+  per code, all codes counted; *top 1 %*: share of the products in the most frequent hundredth of the codes.
+- *under-used*: codes with less than a tenth of the mean number of products; *used*: codes with at least one.
+- *paths used / possible*: prefixes that occur, of all that could.
+- *relative error*: squared error of the reconstruction, as a share of the embeddings' variance.
+- *collision rate*: 1 - SIDs / products. *Ceiling*: Recall@k if the right SID always came first.
+- *hourglass score*: mean normalised entropy of the middle layers minus that of the ends; the verdict asks besides that the
+  middle be less even than either end.
+"""
 
 
 class Report:
@@ -11,7 +23,7 @@ class Report:
 
     def __init__(self):
         self.lines = []
-        self.seconds = {}
+        self.seconds = {"start (imports)": (time.time() - psutil.Process().create_time(), 20)}
 
     def add(self, text=""):
         print(text, flush=True)
@@ -54,6 +66,8 @@ def results_table(results, metrics):
         for metric in metrics:
             if metric not in values:
                 cells.append("")
+            elif values[metric] in (0, 1):
+                cells.append(f"{values[metric]:.3f}")  # the bootstrap of equal rows has no width, which says nothing
             elif f"{metric}_low" in values:
                 cells.append(f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]")
             else:

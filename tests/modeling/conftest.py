@@ -14,6 +14,7 @@ class StubCatalog:
 
     def __init__(self, group_sizes):
         self.groups = np.split(np.arange(sum(group_sizes)), np.cumsum(group_sizes)[:-1])
+        self.num_sids = len(group_sizes)
 
     def expand_sids(self, sid_rows, top_k):
         products, positions = np.full((2, len(sid_rows), top_k), -1, dtype=np.int64)
@@ -42,10 +43,14 @@ class StubTokenizer:
         size = self.codebook_size
         return [FIRST_SID_TOKEN + layer * size + code for layer, code in enumerate(prefix_codes) if code >= 0]
 
-    def sid_sequences(self):
+    def sid_sequences(self, sid_rows=None):
         rows = [self.prefix_token_ids(codes) for codes in self.codes]
         depth = max(map(len, rows))
-        return torch.tensor([row + [-1] * (depth - len(row)) for row in rows])
+        sequences = torch.tensor([row + [-1] * (depth - len(row)) for row in rows])
+        return sequences if sid_rows is None else sequences[sid_rows]
+
+    def codebook_fingerprint(self):
+        return "00000000000000a0"
 
     def sid_vocabulary(self):
         return torch.arange(FIRST_SID_TOKEN, self.vocab_size - 3)

@@ -150,11 +150,20 @@ def test_more_beams_than_sids(variable, make_tokenizer, brute_force_scores, code
 def test_a_filter_keeps_scores_and_order(fixed):
     tokenizer, model, exact = fixed
     kept = torch.arange(0, 30, 6)
-    processor = SIDLogitsProcessor(tokenizer, 7, SIDTrie(tokenizer.sid_sequences()[kept]))
+    processor = SIDLogitsProcessor(tokenizer, 7, SIDTrie.from_tokenizer(tokenizer, kept))
     rows, scores, _ = generate(model, tokenizer, processor, num_beams=20, num_return_sequences=5)
     expected, order = exact[:, kept].sort(dim=1, descending=True)
-    assert torch.equal(rows, order)
+    assert torch.equal(rows, kept[order])
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+
+
+def test_rows_that_are_not_the_catalogs_are_refused(fixed):
+    tokenizer, model, _ = fixed
+    sequences = tokenizer.sid_sequences()
+    for trie in (SIDTrie(sequences[::6]), SIDTrie(sequences, torch.arange(30) + 30)):
+        processor = SIDLogitsProcessor(tokenizer, 7, trie)
+        with pytest.raises(ValueError, match=re.escape("with `SIDTrie.from_tokenizer(tokenizer, sid_rows)`")):
+            generate(model, tokenizer, processor, num_beams=5, num_return_sequences=5)
 
 
 def test_greedy_gives_valid_sids(fixed, variable):

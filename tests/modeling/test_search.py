@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rqsid import ProductCatalog, ResidualQuantizer, ResidualQuantizerConfig, SIDTokenizer, initialize_sid_rows
 from rqsid.modeling.search import beam_search, search
 from rqsid.modeling.trie import SIDTrie
 
@@ -110,12 +111,73 @@ def test_filtered_trie_keeps_scores_and_order(setting):
     # Nothing is renormalised, so the ranking within a subset is the one of all SIDs.
     tokenizer, _, model, exact = setting
     kept = torch.arange(0, 30, 7)
-    trie = SIDTrie(tokenizer.sid_sequences()[kept])
+    trie = SIDTrie.from_tokenizer(tokenizer, kept)
     sid_rows, scores = beam_search(model, *pad_left(PROMPTS), trie, 50, 10)
     expected, order = exact[:, kept].sort(dim=1, descending=True)
-    assert torch.equal(sid_rows[:, :5], order) and (sid_rows[:, 5:] == -1).all()
+    assert torch.equal(sid_rows[:, :5], kept[order]) and (sid_rows[:, 5:] == -1).all()
     torch.testing.assert_close(scores[:, :5], expected, atol=1e-4, rtol=0)
     assert scores[:, 5:].isneginf().all()
+
+
+@pytest.fixture(scope="module")
+def real_parts(base_tokenizer, make_tiny_model):
+    """A real tokenizer whose 60 products share 40 SIDs or fewer, and a model for it."""
+    embeddings = np.random.default_rng(0).standard_normal((60, 6), dtype=np.float32)
+    quantizer = ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes=[6, 6, 6])).fit(embeddings)
+    codes = quantizer.encode(embeddings)
+    codes[40:] = codes[:40:2]
+    catalog = ProductCatalog.build([f"p{row}" for row in range(60)], codes, [6, 6, 6], popularity=np.arange(60) % 7)
+    tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, quantizer)
+    model = make_tiny_model(tokenizer.base_size)
+    initialize_sid_rows(model, tokenizer)
+    return tokenizer, model
+
+
+@pytest.mark.parametrize("base_tokenizer", ["llama"], indirect=True)
+def test_a_subset_returns_its_own_products(real_parts, brute_force_scores):
+    tokenizer, model = real_parts
+    catalog = tokenizer.catalog
+    kept = torch.arange(catalog.num_sids - 1, 0, -3)
+    assert any(len(catalog.products_of(row)) > 1 for row in kept.tolist())
+    results = search(model, tokenizer, PROMPTS, top_k=60, trie=SIDTrie.from_tokenizer(tokenizer, kept))
+    for prompt, found in zip(PROMPTS, results, strict=True):
+        exact = brute_force_scores(model, prompt, tokenizer.sid_sequences())
+        ranked = sorted(kept.tolist(), key=lambda row: -exact[row])
+        expected = [(row, product) for row in ranked for product in catalog.products_of(row)]
+        assert [hit["product_id"] for hit in found] == catalog.product_ids(np.array([p for _, p in expected]))
+        assert [hit["sid"] for hit in found] == tokenizer.sid_strings(np.array([row for row, _ in expected]))
+        assert [hit["score"] for hit in found] == pytest.approx([exact[row].item() for row, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("base_tokenizer", ["llama"], indirect=True)
+def test_a_trie_with_other_rows_is_refused(real_parts):
+    tokenizer, model = real_parts
+    sequences = tokenizer.sid_sequences()
+    rows = torch.arange(len(sequences))
+    by_position, shifted, beyond = (
+        SIDTrie(sequences[::3]),
+        SIDTrie(sequences, rows.roll(1)),
+        SIDTrie(sequences, rows + 1),
+    )
+    for trie in (by_position, shifted, beyond):
+        with pytest.raises(ValueError, match=re.escape("with `SIDTrie.from_tokenizer(tokenizer, sid_rows)`")):
+            search(model, tokenizer, PROMPTS, top_k=60, trie=trie)
+    # Positions are rows where all SIDs stand in the catalog's order.
+    assert search(model, tokenizer, PROMPTS, trie=SIDTrie(sequences)) == search(model, tokenizer, PROMPTS)
+
+
+def test_a_tokenizer_of_other_codebooks_is_refused(setting):
+    tokenizer, _, model, _ = setting
+    model = copy.deepcopy(model)
+    model.config.sid_codebook = "00000000000000b1"
+    with pytest.raises(
+        ValueError, match="codebook 00000000000000b1, the tokenizer has codebook 00000000000000a0.*Load"
+    ):
+        search(model, tokenizer, PROMPTS)
+    expected = search(setting[2], tokenizer, PROMPTS)
+    for fingerprint in (tokenizer.codebook_fingerprint(), None):
+        model.config.sid_codebook = fingerprint
+        assert search(model, tokenizer, PROMPTS) == expected
 
 
 def test_softmax_over_sid_tokens(setting, brute_force_scores):

@@ -149,6 +149,50 @@ def test_from_tokenizer(make_tokenizer):
     assert trie.sid_rows(trie.walk(tokenizer.sid_sequences())).tolist() == list(range(30))
 
 
+def test_leaves_hold_the_rows_given():
+    rows = torch.tensor([7, 2**31, 0, 5])
+    trie = SIDTrie(HAND, rows)
+    assert trie.sid_rows(trie.walk(HAND)).tolist() == [7, 2**31, 0, 5]
+    assert trie.sid_rows(torch.arange(-1, 8)).tolist() == [-1, -1, -1, -1, -1, 2**31, 0, 7, 5]
+    assert SIDTrie(HAND, rows % 11)._node_rows.dtype == torch.int32
+    rows.fill_(3)
+    assert trie.sid_rows(trie.walk(HAND)).tolist() == [7, 2**31, 0, 5]
+
+
+def test_from_tokenizer_of_a_subset(make_tokenizer):
+    tokenizer = make_tokenizer()
+    kept = torch.tensor([23, 4, 29, 0, 11], dtype=torch.int32)
+    trie = SIDTrie.from_tokenizer(tokenizer, kept)
+    found = trie.sid_rows(trie.walk(tokenizer.sid_sequences()))
+    assert found.tolist() == [row if row in kept.tolist() else -1 for row in range(30)]
+    with pytest.raises(ValueError, match="has row 30 but the catalog only 30 SIDs"):
+        SIDTrie.from_tokenizer(tokenizer, torch.tensor([3, 30]))
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        ([0, 1, 2, 3], TypeError, "must be a tensor of the catalog's SID rows, got list"),
+        (torch.tensor([0.0, 1, 2, 3]), TypeError, "integers, got torch.float32"),
+        (torch.tensor([True, False, True, True]), TypeError, "integers, got torch.bool"),
+        (torch.tensor([[0, 1, 2, 3]]), ValueError, "got (1, 4)"),
+        (torch.tensor([], dtype=torch.int64), ValueError, "got (0,)"),
+        (torch.tensor([4, -1, 2, 3]), ValueError, "0 or more, got -1"),
+        (torch.tensor([4, 9, 2, 9]), ValueError, "holds row 9 more than once"),
+    ],
+)
+def test_bad_sid_rows(make_tokenizer, rows, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        SIDTrie(HAND, rows)
+    with pytest.raises(error, match=re.escape(message)):
+        SIDTrie.from_tokenizer(make_tokenizer(), rows)
+
+
+def test_one_sid_row_for_each_sequence():
+    with pytest.raises(ValueError, match=re.escape("the shape (4,) with at least one row, got (3,)")):
+        SIDTrie(HAND, torch.tensor([0, 1, 2]))
+
+
 @pytest.mark.parametrize(
     "sequences, error, message",
     [

@@ -1,4 +1,6 @@
 import itertools
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -109,6 +111,22 @@ def test_expand_sids_of_nothing(make_parts):
         products, positions = catalog.expand_sids(sid_rows, 4)
         assert (products == -1).all() and (positions == -1).all() and products.shape == (2, 4)
     assert catalog.expand_sids(np.zeros((0, 3), dtype=int), 4)[0].shape == (0, 4)
+
+
+def test_expand_many_sids_in_bounded_memory(make_parts):
+    """A cube of rows, SIDs and ranks would take 900 MB."""
+    catalog = make_parts()[2]
+    sid_rows = np.random.default_rng(0).integers(-1, catalog.num_sids, (30, 3000))
+    tracemalloc.start()
+    products, positions = catalog.expand_sids(sid_rows, 10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    some = products >= 0
+    assert some.any(1).all()
+    origin = np.take_along_axis(sid_rows, positions, axis=1)
+    assert (catalog.sid_rows(products)[some] == origin[some]).all() and (positions[~some] == -1).all()
+    assert (np.diff(positions, axis=1)[some[:, 1:]] >= 0).all()
 
 
 def test_popularity_order_and_ties_by_hand():
@@ -241,6 +259,19 @@ def test_load_in_a_fresh_process(saved, with_package):
     assert with_package["sids"] == catalog.sid_codes[catalog.sid_rows(rows)].tolist()
     assert with_package["expanded"] == [part.tolist() for part in catalog.expand_sids(np.arange(10)[None], 15)]
     assert with_package["pruning"] == catalog.pruning.to_dict()
+
+
+def test_pickles_do_not_change_with_use(make_parts, tmp_path):
+    built = make_parts()[2]
+    built.save(tmp_path / "catalog.safetensors")
+    for catalog in (built, ProductCatalog.load(tmp_path / "catalog.safetensors")):
+        before = pickle.dumps(catalog)
+        rows = catalog.find_sids(catalog.sid_codes)
+        assert pickle.dumps(catalog) == before
+        loaded = pickle.loads(before)
+        assert_equal_catalogs(loaded, catalog)
+        assert loaded.find_sids(catalog.sid_codes).tolist() == rows.tolist()
+        assert catalog.find_sids(catalog.sid_codes).tolist() == rows.tolist()
 
 
 def test_equal_catalogs_make_equal_files(tmp_path, make_parts):

@@ -74,3 +74,18 @@ def test_bad_examples_are_refused(example, error, message):
 def test_bad_templates_are_refused(fields):
     with pytest.raises(ValueError, match="name at least one field, and each once"):
         PromptTemplate(fields)
+
+
+def test_missing_values_of_pandas_are_left_out():
+    template = PromptTemplate(fields=["profile"])
+    profile = {"age": "35-44", "income": float("nan"), "owner": None, "size": 3}
+    assert template.split({"profile": profile})[0] == "Profile: age 35-44, size 3\nProduct:"
+    with pytest.raises(TypeError, match="'profile' has 'tags'.*list"):
+        template.split({"profile": {"tags": ["a"]}})
+
+
+def test_templates_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match=r"labels for \['qurey'\]"):
+        PromptTemplate(labels={"qurey": "Search: "})
+    with pytest.raises(ValueError, match="max_length=0"):
+        PromptTemplate(max_length=0)

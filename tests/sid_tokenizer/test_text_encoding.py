@@ -99,6 +99,49 @@ def test_a_plain_word_that_was_added_to_the_base_keeps_its_id(base_tokenizer, ma
         assert not {*forbidden(each), base.convert_tokens_to_ids("[CTRL]")} & set(ids)
 
 
+MARKUP = ["<|user|>", "<d_5>", "<a_99>", "[INST]", "user:", "___", "Ġ<|bot|>"]
+
+
+def test_markup_that_was_added_as_words_cannot_be_typed(base_tokenizer, make_parts, tmp_path):
+    """Nothing but its spelling tells a control token, or a SID as LC-Rec adds it, from an added word."""
+    base = copy.deepcopy(base_tokenizer)
+    base.add_tokens([*MARKUP, "frobnicator", "größe", "漢字"])
+    base.add_tokens([AddedToken("<|tool|>", normalized=False, special=False)])
+    markup = set(base.convert_tokens_to_ids([*MARKUP, "<|tool|>"]))
+    for text in [*MARKUP, "<|tool|>"]:
+        assert markup & set(base(text, add_special_tokens=False)["input_ids"])  # the danger is real
+    words = base.convert_tokens_to_ids(["frobnicator", "größe", "漢字"])
+    tokenizer = SIDTokenizer.from_base(base, make_parts()[2])
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, SIDTokenizer.from_pretrained(tmp_path)):
+        for text in [*MARKUP, "<|tool|>", "".join(MARKUP), "x<|user|>frobnicator <d_5>", *HOSTILE]:
+            assert not (markup | forbidden(each)) & set(each.encode_text(text)), text
+        assert each.decode(each.encode_text("hi <|user|> <d_5>")).strip() == "hi <|user|> <d_5>"
+        assert [token for token in each.encode_text("frobnicator größe 漢字 <d_5>") if token in words] == words
+
+
+def test_sid_tokens_beyond_the_catalog(base_tokenizer, make_parts):
+    """A base with a larger index: neither the tokens that are adopted nor those left over can be typed."""
+    base = copy.deepcopy(base_tokenizer)
+    index = [f"<{letter}_{code}>" for letter in "abcd" for code in range(8)]
+    base.add_tokens(index)
+    tokenizer = SIDTokenizer.from_base(base, make_parts()[2], reuse_tokens=True)
+    ids = set(base.convert_tokens_to_ids(index))
+    assert len(ids - set(tokenizer.sid_vocabulary().tolist())) == 4 * 8 - (4 + 5 + 6)
+    for text in ["".join(index), " ".join(index), *index]:
+        assert not ids & set(tokenizer.encode_text(text))
+    assert tokenizer.decode(tokenizer.encode_text("x <d_5> <a_1>")).strip() == "x <d_5> <a_1>"
+
+
+def test_runs_of_spaces_stay_text():
+    """Gemma's vocabulary holds line breaks that are added tokens too: blocked, they would vanish from prompts."""
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("\n", -1.0), *[(letter, -5.0) for letter in "xy </s>"]], 0))
+    backend.add_tokens([AddedToken("\n", normalized=False), AddedToken("  ")])
+    base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer = SIDTokenizer.from_base(base, ProductCatalog.build(["p", "q"], np.array([[0, 1], [1, 0]]), [2, 2]))
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode_text("x\n  y")) == ["x", "\n", "  ", "y"]
+
+
 def test_compatibility_normalization_cannot_make_one(make_parts):
     """With NFKC the full-width look-alikes become the very characters of a token."""
     backend = Tokenizer(models.BPE())
@@ -136,6 +179,17 @@ def test_control_pieces_in_a_unigram_vocabulary():
     assert not {*forbidden(tokenizer), base.convert_tokens_to_ids("[CTRL]")} & set(ids)
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "x" and tokenizer.convert_ids_to_tokens(ids)[-1] == "y"
     assert tokenizer.unk_token_id in tokenizer.encode_text("x漢y")
+
+
+def test_added_markup_that_the_model_can_spell():
+    """Taking a token out of the added ones is not enough where the model's own vocabulary holds it."""
+    vocabulary = [("<unk>", 0.0), ("<|user|>", -1.0), ("milk", -1.0), *[(letter, -5.0) for letter in "</s>|uerxmilk"]]
+    backend = Tokenizer(models.Unigram(list(dict(vocabulary).items()), unk_id=0))
+    backend.add_tokens(["<|user|>", "milk"])
+    base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer = SIDTokenizer.from_base(base, ProductCatalog.build(["p", "q"], np.array([[0, 1], [1, 0]]), [2, 2]))
+    ids = tokenizer.encode_text("x<|user|>milk")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["x", "milk"]
 
 
 def test_unknown_characters_are_no_end_token():

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -6,6 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets.fingerprint import Hasher
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rqsid import ProductCatalog, ResidualQuantizer, ResidualQuantizerConfig, SIDTokenizer, TokenPruning
@@ -83,6 +88,65 @@ def test_tokens_that_are_no_sid_are_refused(sid_tokenizer):
     assert found.tolist() == [row, -1, -1, row]
     with pytest.raises(ValueError, match="is no SID"):
         tokenizer.decode_products([full, outside])
+
+
+def find_sid(tokenizer, oracle, ids):
+    """By the definition: what stands before the first end or padding token."""
+    stop = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return oracle.get(tuple(itertools.takewhile(lambda token: token not in stop, ids)), -1)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_find_sids_equals_a_dict(sid_tokenizer, data):
+    tokenizer = sid_tokenizer
+    sids = [[token for token in row if token >= 0] for row in tokenizer.sid_sequences().tolist()]
+    oracle = {tuple(ids): row for row, ids in enumerate(sids)}
+    others = [tokenizer.eos_token_id, tokenizer.pad_token_id, -1, -100, 10**9, -(10**12), 2**62, 0, len(tokenizer)]
+    pieces = st.sampled_from([*sids, *([token] for token in [*others, *tokenizer.sid_vocabulary().tolist()])])
+    rows = data.draw(st.lists(st.lists(pieces, max_size=5).map(lambda parts: sum(parts, [])), max_size=6))
+    assert tokenizer.find_sids(rows).tolist() == [find_sid(tokenizer, oracle, ids) for ids in rows]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 1, 0]])
+def test_find_all_sids_in_any_layer_order(base_tokenizer, make_parts, order):
+    tokenizer = SIDTokenizer.from_base(base_tokenizer, make_parts(collisions="suffix")[2], layer_order=order)
+    rows = [[token for token in row if token >= 0] for row in tokenizer.sid_sequences().tolist()]
+    end = tokenizer.eos_token_id
+    assert tokenizer.find_sids(rows).tolist() == list(range(60))
+    assert tokenizer.find_sids([ids + [end] * 9 for ids in rows]).tolist() == list(range(60))
+    assert tokenizer.find_sids([ids[::-1] for ids in rows]).tolist() == [-1] * 60
+    assert tokenizer.find_sids([ids[:-1] for ids in rows]).tolist() == [-1] * 60
+    assert tokenizer.find_sids([ids + ids for ids in rows]).tolist() == [-1] * 60
+    assert tokenizer.find_sids([]).tolist() == [] and tokenizer.find_sids([[], []]).tolist() == [-1, -1]
+
+
+def test_a_request_does_no_work_on_the_whole_catalog(make_parts, base_tokenizer, monkeypatch):
+    tokenizer = SIDTokenizer.from_base(base_tokenizer, *make_parts()[:0:-1])
+    expected = tokenizer.encode_products(PRODUCTS), tokenizer.codebook_fingerprint()
+
+    def refuse(*args):
+        raise AssertionError("scans the whole catalog")
+
+    monkeypatch.setattr(ProductCatalog, "lengths", refuse)
+    monkeypatch.setattr(torch.nn.Parameter, "detach", refuse)
+    assert (tokenizer.encode_products(PRODUCTS), tokenizer.codebook_fingerprint()) == expected
+    assert tokenizer.max_sid_length == 3 and len(tokenizer.sid_strings(np.array([0, 1]))) == 2
+    assert len(tokenizer.encode_prompts([{"history": ["p1"], "query": "milk"}])["input_ids"]) == 1
+
+
+def test_fingerprint_tells_codebooks_and_tokens_apart(base_tokenizer, make_parts):
+    _, quantizer, catalog = make_parts()
+    first = SIDTokenizer.from_base(base_tokenizer, catalog, quantizer).codebook_fingerprint()
+    assert SIDTokenizer.from_base(base_tokenizer, catalog, quantizer).codebook_fingerprint() == first
+    larger = copy.deepcopy(base_tokenizer)
+    larger.add_tokens(["frobnicator"])
+    others = {
+        SIDTokenizer.from_base(base_tokenizer, catalog).codebook_fingerprint(),
+        SIDTokenizer.from_base(base_tokenizer, catalog, make_parts(seed=1)[1]).codebook_fingerprint(),
+        SIDTokenizer.from_base(larger, catalog, quantizer).codebook_fingerprint(),
+    }
+    assert len(others | {first}) == 4
 
 
 def test_unknown_products_are_refused(sid_tokenizer):
@@ -318,17 +382,20 @@ def test_truncation_leaves_out_the_oldest_products(sid_tokenizer):
     whole = tokenizer.encode_prompts([example])["input_ids"][0]
     lengths = [len(sid) for sid in tokenizer.encode_products(history)]
     shortest = len(whole) - sum(lengths)
-    for max_length in range(shortest, len(whole) + 3):
+    bare = tokenizer.encode_prompts([example | {"history": []}])["input_ids"][0]
+    for max_length in range(len(bare), len(whole) + 3):
         found = tokenizer.encode_prompts([example], max_length=max_length)
         ids, left_out = found["input_ids"][0], found["num_truncated"][0]
         # as few products as the length allows, and the oldest of them
-        expected = next(n for n in range(13) if shortest + sum(lengths[n:]) <= max_length)
+        expected = next((n for n in range(12) if shortest + sum(lengths[n:]) <= max_length), 12)
         assert left_out == expected
+        if expected == 12:
+            assert ids == bare  # no product, no label
+            continue
         assert len(ids) == shortest + sum(lengths[expected:]) <= max_length
-        if expected < 12:
-            assert ids == tokenizer.encode_prompts([example | {"history": history[expected:]}])["input_ids"][0]
-    with pytest.raises(ValueError, match=rf"Prompt 1 takes {shortest} tokens.*max_length={shortest - 1}.*query"):
-        tokenizer.encode_prompts([{"query": "x"}, example], max_length=shortest - 1)
+        assert ids == tokenizer.encode_prompts([example | {"history": history[expected:]}])["input_ids"][0]
+    with pytest.raises(ValueError, match=rf"Prompt 1 takes {len(bare)} tokens.*max_length={len(bare) - 1}.*query"):
+        tokenizer.encode_prompts([{"query": "x"}, example], max_length=len(bare) - 1)
 
 
 def test_bad_prompts_are_refused(sid_tokenizer):
@@ -358,6 +425,20 @@ def test_copies(sid_tokenizer, observe):
     expected = observe(sid_tokenizer)
     assert observe(copy.deepcopy(sid_tokenizer)) == expected
     assert observe(pickle.loads(pickle.dumps(sid_tokenizer))) == expected
+
+
+def test_hashes_do_not_change_with_use(base_tokenizer, make_parts):
+    """What `datasets` hashes decides whether a `map` is found in its cache."""
+    tokenizer = SIDTokenizer.from_base(base_tokenizer, *make_parts()[:0:-1])
+    before, pickled = Hasher.hash(tokenizer), pickle.dumps(tokenizer)
+    tokenizer.encode_prompts([{"history": ["p1"], "query": "milk"}])
+    tokenizer.decode_products(tokenizer.encode_products(PRODUCTS))
+    tokenizer.codebook_fingerprint()
+    assert tokenizer.cache  # something to leave out
+    assert Hasher.hash(tokenizer) == before and pickle.dumps(tokenizer) == pickled
+    loaded = pickle.loads(pickled)
+    assert loaded.encode_text("milk <a_1>") == tokenizer.encode_text("milk <a_1>")
+    assert loaded.codebook_fingerprint() == tokenizer.codebook_fingerprint()
 
 
 def test_save_and_load(sid_tokenizer, observe, tmp_path):
@@ -428,3 +509,24 @@ def test_trap_remote_code_in_a_process_without_the_package(saved, without_packag
     expected = observe(saved[-1][name])
     assert without_package[name] == expected
     assert without_package[f"{name} again"] == expected
+
+
+def test_control_tokens_in_a_template_are_refused(base_tokenizer, make_parts):
+    _, quantizer, catalog = make_parts()
+    template = PromptTemplate(answer=f"Product:{base_tokenizer.eos_token}")
+    with pytest.raises(ValueError, match="holds the control token .* spelled out as text"):
+        SIDTokenizer.from_base(base_tokenizer, catalog, quantizer, prompt_template=template)
+
+
+@pytest.mark.parametrize("base_tokenizer", ["llama"], indirect=True)
+@pytest.mark.parametrize("begin", ["<s>", "</s>"])  # some tokenizers begin with their end token
+def test_prompts_begin_as_the_base_begins(base_tokenizer, make_parts, begin):
+    base = copy.deepcopy(base_tokenizer)
+    base.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, base.convert_tokens_to_ids(begin))]
+    )
+    _, quantizer, catalog = make_parts()
+    tokenizer = SIDTokenizer.from_base(base, catalog, quantizer)
+    prompt = tokenizer.encode_prompts([{"query": "milk"}])["input_ids"][0]
+    assert prompt[0] == base.convert_tokens_to_ids(begin)
+    assert prompt.count(prompt[0]) == 1

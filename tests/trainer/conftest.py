@@ -76,4 +76,5 @@ def make_trainer(tokenizer, make_purchases, tmp_path):
         }
         return SIDTrainer(model, SIDTrainingArguments(**args), processing_class=tokenizer, **datasets, **(init or {}))
 
-    return make
+    yield make
+    tokenizer.prompt_template.max_length = None  # a trainer leaves its own; the tokenizer serves all tests

@@ -39,6 +39,52 @@ def inputs(tmp_path, tokenizer, make_tiny_model, make_purchases):
     return [f"--{name}={tmp_path / path}" for name, path in paths.items()]
 
 
+EVALUATE_FIRST = """
+import json, sys
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM
+from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
+
+model, tokenizer, train, validation, output, batch_size = sys.argv[1:]
+train, validation = (load_dataset("json", data_files=path, split="train") for path in (train, validation))
+args = SIDTrainingArguments(
+    output, use_cpu=True, per_device_train_batch_size=int(batch_size), max_steps=3, learning_rate=5e-3, logging_steps=1,
+    report_to="none", eval_top_k=5, save_strategy="no", disable_tqdm=True,
+)
+trainer = SIDTrainer(
+    AutoModelForCausalLM.from_pretrained(model), args, train_dataset=train, eval_dataset=validation,
+    processing_class=SIDTokenizer.from_pretrained(tokenizer),
+)
+trainer.evaluate()
+trainer.train()
+if trainer.is_world_process_zero():
+    with open(output + ".json", "w") as file:
+        json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("qwen", "qwen")], indirect=True)
+def test_a_model_that_was_evaluated_first_is_trained_by_all_processes(inputs, tmp_path):
+    """transformers 5.23 would train it without synchronising gradients: the second loss would differ."""
+    (tmp_path / "script.py").write_text(EVALUATE_FIRST)
+    paths = [argument.split("=", 1)[1] for argument in inputs]
+    losses = []
+    for processes, batch_size in ((1, 8), (2, 4)):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        output = str(tmp_path / f"run{processes}")
+        result = subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "script.py"), *paths, output, str(batch_size)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        losses.append(json.loads(Path(output + ".json").read_text()))
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
 def launch(name, folder, inputs):
     arguments = ["--per_device_train_batch_size=4"] if name != "one process" else []
     arguments += [f"--output_dir={folder}", "--num_train_epochs=2", "--learning_rate=5e-3", "--logging_steps=1"]

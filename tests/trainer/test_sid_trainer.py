@@ -490,3 +490,25 @@ def test_evaluation_in_small_pieces_changes_nothing(model, make_trainer, make_pu
     apart = trainer.predict(trainer.eval_dataset)
     for one, other in zip(together.predictions, apart.predictions, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@llama
+def test_serving_cuts_histories_where_training_did(model, tokenizer, make_purchases, make_trainer):
+    rows = [row | {"history": [f"p{at}" for at in range(20)]} for row in make_purchases(3)]
+    whole = tokenizer.encode_prompts(rows)["input_ids"]
+    limit = max(map(len, whole)) - 20
+    trainer = make_trainer(model, rows, max_prompt_length=limit)
+    trained = trainer.train_dataset["input_ids"][:]
+    assert max(map(len, trained)) <= limit
+    assert tokenizer.encode_prompts(rows)["input_ids"] == trained
+    # search builds the prompts of examples itself: the same as those given as ids.
+    assert search(trainer.model, tokenizer, rows, top_k=5) == search(trainer.model, tokenizer, trained, top_k=5)
+
+
+@llama
+def test_tokenized_prompts_beyond_the_context_are_refused(model, tokenizer, make_purchases, make_trainer):
+    rows = Dataset.from_list(make_purchases(3)).to_dict()
+    tokenized = Dataset.from_dict(tokenize_examples(rows, tokenizer))
+    longest = max(map(len, tokenized["input_ids"]))
+    with pytest.raises(ValueError, match=f"prompt of {longest} tokens, more than {longest - 1}"):
+        make_trainer(model, tokenized, max_prompt_length=longest - 1)
