@@ -10,6 +10,7 @@ from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
 from .sid_tokens import layer_letter
 
 HOURGLASS_THRESHOLD = -0.02
+TOLERANCE = 0.01  # what a layer may differ from the next without counting as narrower or wider
 NULL_SAMPLES = 200
 
 
@@ -254,10 +255,10 @@ def _layer_statistics(layer, counts, total, paths_used, paths_possible):
 
 def _verdict(layers, counts, weights):
     """
-    An hourglass has a waist: middle layers less even than the ends on average, and one of them less even than either end,
-    both by more than 0.02 and by more than uniform codes in a sample of this size show. The average alone would call a
-    funnel an hourglass, since one even end is enough for it. By the same margins a funnel narrows towards the end, a narrow
-    top at the beginning.
+    An hourglass has a waist: middle layers less even than the ends on average, by more than 0.02, and one of them less even
+    than either end, by more than 0.01; both by more than uniform codes in a sample of this size show. The average alone
+    would call a funnel an hourglass, since one even end is enough for it. A funnel narrows towards the end, a narrow top at
+    the beginning, by more than 0.02 in all.
     """
     evenness = np.array([layer.normalized_entropy for layer in layers if layer.present > 0])
     present = [layer.layer for layer in layers if layer.present > 0]
@@ -272,13 +273,14 @@ def _verdict(layers, counts, weights):
     null_score = float(np.quantile(null[1:-1].mean(0) - (null[0] + null[-1]) / 2, 0.005))
 
     threshold = min(HOURGLASS_THRESHOLD, float(np.quantile(null.min(0) - null.max(0), 0.005)))
-    has_waist = evenness[1:-1].min() < min(evenness[0], evenness[-1]) + threshold
+    waist = min(-TOLERANCE, float(np.quantile(null.min(0) - null.max(0), 0.005)))
+    has_waist = evenness[1:-1].min() < min(evenness[0], evenness[-1]) + waist
     if score < min(HOURGLASS_THRESHOLD, null_score) and has_waist:
         return score, null_score, "hourglass", present[1 + int(evenness[1:-1].argmin())]
-    widens = evenness[0] < evenness[-1] + threshold and (np.diff(evenness) > -0.01).all()
+    widens = evenness[0] < evenness[-1] + threshold and (np.diff(evenness) > -TOLERANCE).all()
     if widens or evenness[0] < evenness[1:].min() + threshold:
         return score, null_score, "narrow top", present[0]
-    if evenness[-1] < evenness[0] + threshold and (np.diff(evenness) < 0.01).all():
+    if evenness[-1] < evenness[0] + threshold and (np.diff(evenness) < TOLERANCE).all():
         return score, null_score, "funnel", present[-1]
     return score, null_score, "none", None
 

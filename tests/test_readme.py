@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,7 +27,7 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
         "product_ids": product_ids,
         "embeddings": random.standard_normal((400, 8), dtype=np.float32),
         "popularity": random.integers(0, 99, 400),
-        "purchases": purchases,
+        "purchases": DatasetDict(train=purchases, validation=purchases.select(range(4))),
         "checkpoint": str(checkpoint),
     }
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)

@@ -248,7 +248,9 @@ def load_embeddings(path, num_products):
     if embeddings.ndim != 2:
         raise ValueError(f"{path} holds an array of shape {embeddings.shape}; expected (products, dimension)")
     if len(embeddings) != num_products:
-        raise ValueError(f"{path} has {len(embeddings)} rows for {num_products} products; give one row a product")
+        raise ValueError(
+            f"{path} has {len(embeddings)} rows for {num_products} products; give one row a product, in the order of products.csv in the output folder"
+        )
     with np.errstate(over="ignore"):
         embeddings = embeddings.astype(np.float32)
     not_finite = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))

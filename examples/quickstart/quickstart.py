@@ -48,7 +48,10 @@ class QuickstartArguments:
         default=None, metadata={"help": "Any sentence-transformers model instead of the tower."}
     )
     embeddings: str | None = field(
-        default=None, metadata={"help": "Product embeddings, .npy or .safetensors, instead."}
+        default=None,
+        metadata={
+            "help": "Product embeddings, .npy or .safetensors, in the order of products.csv in the output folder."
+        },
     )
     codebook_size: int = field(default=256, metadata={"help": "Codes per layer; three layers."})
     strategy: str = field(default="top_k", metadata={"help": '"top_k", "threshold", "drop_layer" or "none".'})
@@ -337,7 +340,7 @@ def describe_comparison(report, ranked, test, purchases, arguments):
     report.add(
         "\nWhat beats what (paired difference of item-level Recall@10). Intervals are over the test rows "
         f"({len(test)} rows of {len(set(test['household'][:]))} households), for one training run: another seed may move a model "
-        f"by more. {tower}each SID model {min(arguments.train_rows, len(purchases.train))} of them {arguments.epochs:g} times; "
+        f"by more. {tower}each SID model {min(arguments.train_rows, len(purchases.train))} of them, {arguments.epochs:g} epoch(s); "
         f"the baselines count all {int(purchases.popularity.sum())} training purchases.\n"
     )
     models = [system for system in ranked if system.startswith("SID model")]

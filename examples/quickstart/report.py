@@ -23,7 +23,7 @@ class Report:
 
     def __init__(self):
         self.lines = []
-        self.seconds = {"start (imports)": (time.time() - psutil.Process().create_time(), 20)}
+        self.seconds = {"start (imports)": (time.time() - psutil.Process().create_time(), 10)}
 
     def add(self, text=""):
         print(text, flush=True)
