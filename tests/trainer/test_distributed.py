@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,10 +90,17 @@ def launch(name, folder, inputs):
     arguments = ["--per_device_train_batch_size=4"] if name != "one process" else []
     arguments += [f"--output_dir={folder}", "--num_train_epochs=2", "--learning_rate=5e-3", "--logging_steps=1"]
     arguments += ["--report_to=none", "--eval_top_k=5", "--per_device_eval_batch_size=4", "--save_strategy=no"]
+    if name == "ZeRO-2":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [*LAUNCHES[name][:3], f"--main_process_port={port}", *LAUNCHES[name][3:]]
+    else:
+        command = LAUNCHES[name]
     # ninja, which DeepSpeed compiles with, lies beside the interpreter.
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        [*LAUNCHES[name], *inputs, *arguments],
+        [*command, *inputs, *arguments],
         capture_output=True,
         text=True,
         timeout=600,
