@@ -113,10 +113,11 @@ def relocate(codebook, points, counts, errors, threshold, generator=None):
     codes, distances = nearest_codes(sample, codebook)
     directions = torch.randn(num_moved, points.shape[1], generator=generator).to(points)
     spread = (errors[donors] / counts[donors].clamp_min(1)).sqrt().to(points.dtype)
-    member = torch.full((len(codebook),), -1, device=points.device)
+    # The first member of each code; plain indexing would keep whichever of several writes came last, a race of threads.
     off_centre = torch.nonzero(distances > 0).flatten()
-    member[codes[off_centre]] = off_centre
-    has_member = member[donors] >= 0
+    member = torch.full((len(codebook),), len(sample), device=points.device)
+    member.scatter_reduce_(0, codes[off_centre], off_centre, "amin")
+    has_member = member[donors] < len(sample)
     directions[has_member] = sample[member[donors[has_member]]] - codebook[donors[has_member]]
     offsets = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * spread[:, None] / 2
     codebook[moved] = codebook[donors] + offsets

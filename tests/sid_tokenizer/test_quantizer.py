@@ -319,3 +319,21 @@ def test_bad_codes_are_refused(codes, error, message):
 def test_bad_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         ResidualQuantizerConfig(**config)
+
+
+def test_fits_agree_with_several_threads():
+    """Relocation writes per code; with threads, which of several writes wins must not be left to chance."""
+    random = np.random.default_rng(0)
+    shares = 1 / np.arange(1, 301)
+    centres = random.standard_normal((300, 32))[random.choice(300, 12000, p=shares / shares.sum())]
+    spread = np.exp(0.5 * random.standard_normal((12000, 1)))
+    points = (centres + 0.3 * random.standard_normal((12000, 32)) * spread).astype(np.float32)
+    config = ResidualQuantizerConfig(codebook_sizes=[256, 256], num_iterations=8)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (ResidualQuantizer(config).fit(points).encode(points) for _ in range(4))
+    finally:
+        torch.set_num_threads(num_threads)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
