@@ -81,12 +81,17 @@ def hits_at(predictions, references, k):
     return np.array([reference in ranked[:k] for ranked, reference in zip(predictions, references, strict=True)])
 
 
-def compare(name, other_name, hits, other_hits, resamples=2000, seed=0):
+def compare(name, other_name, hits, other_hits, one_run_each=False, resamples=2000, seed=0):
     """
     One sentence on the paired difference of two systems on the same rows: bootstrap over rows, 95 % percentile interval.
+
+    The interval knows nothing of what another training run or codebook would give, so of two models that were trained once
+    each (`one_run_each`) no one is said to beat the other.
     """
     difference = hits.astype(float) - other_hits
     rows = np.random.default_rng(seed).integers(0, len(difference), (resamples, len(difference)))
     low, high = np.quantile(difference[rows].mean(1), [0.025, 0.975])
+    if one_run_each:
+        return f"- {name} minus {other_name}, in this run: {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
     relation = "beats" if low > 0 else "is beaten by" if high < 0 else "is not distinguishable from"
     return f"- {name} {relation} {other_name}: {difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
