@@ -49,6 +49,7 @@ setup(
         "transformers>=5.0,<6",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rqsid=rqsid.cli:main"]},
     classifiers=[
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",

@@ -2,24 +2,34 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .catalog import ProductCatalog
 from .diagnosis import Diagnosis, LayerStatistics, diagnose
+from .embeddings import EmbeddingReader
+from .figures import plot_flow, plot_layers
 from .prompts import PromptTemplate
 from .pruning import TokenPruning
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+from .rqvae import RQVAE, RQVAEConfig
 from .tokenization_sid import SIDTokenizer
 
 __all__ = [
+    "RQVAE",
     "Diagnosis",
+    "EmbeddingReader",
     "LayerStatistics",
     "ProductCatalog",
     "PromptTemplate",
+    "RQVAEConfig",
     "ResidualQuantizer",
     "ResidualQuantizerConfig",
     "SIDTokenizer",
     "TokenPruning",
     "diagnose",
+    "plot_flow",
+    "plot_layers",
 ]
 
 AutoConfig.register(ResidualQuantizerConfig.model_type, ResidualQuantizerConfig, exist_ok=True)
 AutoModel.register(ResidualQuantizerConfig, ResidualQuantizer, exist_ok=True)
+AutoConfig.register(RQVAEConfig.model_type, RQVAEConfig, exist_ok=True)
+AutoModel.register(RQVAEConfig, RQVAE, exist_ok=True)
 # AutoTokenizer finds a class by name only among those registered; the config it is registered under plays no part.
 AutoTokenizer.register(ResidualQuantizerConfig, tokenizer_class=SIDTokenizer, exist_ok=True)

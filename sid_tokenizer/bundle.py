@@ -15,6 +15,17 @@ CATALOG_FILE = "sid_catalog.safetensors"
 CODEBOOK_FILE = "sid_codebook.safetensors"
 PROMPT_FILE = "sid_prompt.json"
 CODEBOOK_CONFIG = ("codebook_sizes", "embedding_dim", "num_iterations", "relocation_threshold", "seed")
+# What bundles of earlier versions lack; the defaults are what those versions did.
+OPTIONAL_CODEBOOK_CONFIG = (
+    "preset",
+    "sample_per_code",
+    "num_sample_iterations",
+    "init",
+    "metric",
+    "normalize_residuals",
+    "capacity",
+    "num_beams",
+)
 
 
 def write_bundle(tokenizer, save_directory):
@@ -38,9 +49,9 @@ def write_bundle(tokenizer, save_directory):
         paths[PROMPT_FILE], {"template": tokenizer.prompt_template.to_dict(), "prefix": tokenizer.prompt_prefix}
     )
     if quantizer is not None:
-        codebooks = {f"codebook_{layer}": codebook.data for layer, codebook in enumerate(quantizer.codebooks)}
-        config = {name: getattr(quantizer.config, name) for name in CODEBOOK_CONFIG}
-        write_tensors(paths[CODEBOOK_FILE], codebooks, config)
+        config = {name: getattr(quantizer.config, name) for name in CODEBOOK_CONFIG + OPTIONAL_CODEBOOK_CONFIG}
+        tensors = {name: parameter.data for name, parameter in _quantizer_tensors(quantizer).items()}
+        write_tensors(paths[CODEBOOK_FILE], tensors, config)
     # The manifest comes last: a folder without it, or with one that names other hashes, is no whole bundle.
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -136,8 +147,14 @@ def read_bundle(manifest_file, files):
     }
 
 
+def _quantizer_tensors(quantizer):
+    """The parameters of a quantizer under the names that they have in a bundle."""
+    groups = {"codebook": quantizer.codebooks, "prices": quantizer.prices, "scale": quantizer.scales}
+    return {f"{name}_{layer}": parameter for name, group in groups.items() for layer, parameter in enumerate(group)}
+
+
 def _read_codebook(path, codebook_sizes):
-    tensors, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
+    _, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
     if config.get("codebook_sizes") != codebook_sizes:
         raise ValueError(
             f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
@@ -145,16 +162,19 @@ def _read_codebook(path, codebook_sizes):
     missing = [name for name in CODEBOOK_CONFIG if name not in config]
     if missing:
         raise ValueError(f"{CODEBOOK_FILE} lacks {', '.join(missing)}: it was edited.")
-    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**{name: config[name] for name in CODEBOOK_CONFIG}))
-    for layer, parameter in enumerate(quantizer.codebooks):
-        tensor = tensors[f"codebook_{layer}"]
+    known = {name: config[name] for name in CODEBOOK_CONFIG + OPTIONAL_CODEBOOK_CONFIG if name in config}
+    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**known))
+    parameters = _quantizer_tensors(quantizer)
+    tensors, _ = read_tensors(path, list(parameters))
+    for name, parameter in parameters.items():
+        tensor = tensors[name]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
             raise ValueError(
-                f"Codebook {layer} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected "
-                f"{tuple(parameter.shape)} of floating point. Save or download the bundle again."
+                f"{name} in {CODEBOOK_FILE} is {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(parameter.shape)} of "
+                "floating point. Save or download the bundle again."
             )
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"Codebook {layer} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
+            raise ValueError(f"{name} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
         parameter.data = tensor.clone()
     return quantizer
 

@@ -1,17 +1,18 @@
 """How codes are distributed over the layers: is there an hourglass, and what do collisions cost?"""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from .checks import check_codes, check_weights
-from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+from .embeddings import EmbeddingReader
+from .figures import plot_flow, plot_layers
+from .hourglass import find_verdict, simulate_uniform
+from .layer_flow import bin_flows, extend_prefixes
+from .quantizer import ResidualQuantizerConfig
+from .refit import duplicate_share, refit
 from .sid_tokens import layer_letter
-
-HOURGLASS_THRESHOLD = -0.02
-TOLERANCE = 0.01  # what a layer may differ from the next without counting as narrower or wider
-NULL_SAMPLES = 200
 
 
 @dataclass
@@ -35,6 +36,15 @@ class LayerStatistics:
         top_share (`float`): share held by the most frequent 1 % of codes (at least one code).
         paths_used (`int`): distinct prefixes of this length.
         paths_possible (`int`): the product of the sizes up to this layer (an absent code counts as one more).
+        children_mean (`float`): of the prefixes that end before this layer, how many codes of this layer follow each, on
+            average over prefixes, whatever their weight (one to many; an absent code counts as one). Before the first
+            layer there is one prefix, the empty one.
+        children_median (`float`): the same, median.
+        children_max (`int`): the same, maximum.
+        single_child_share (`float`): share of those prefixes that only one code follows, so that this layer says nothing
+            about their items.
+        parents_mean (`float`): how many of those prefixes lead to a used code, on average (many to one); 0 if none is used.
+        parents_max (`int`): the same, maximum.
     """
 
     layer: int
@@ -51,10 +61,21 @@ class LayerStatistics:
     top_share: float
     paths_used: int
     paths_possible: int
+    children_mean: float
+    children_median: float
+    children_max: int
+    single_child_share: float
+    parents_mean: float
+    parents_max: int
 
     @property
     def name(self):
         return f"{layer_letter(self.layer)} ({self.layer})"
+
+    @property
+    def utilisation(self):
+        """Share of the codes with at least one item, used / K."""
+        return self.used / self.codebook_size
 
 
 @dataclass
@@ -78,6 +99,13 @@ class Diagnosis:
         null_score (`float` or `None`): 0.5 % quantile of that score for uniform codes in a sample of this size.
         verdict (`str`): "hourglass", "funnel", "narrow top" or "none".
         verdict_layer (`int` or `None`): the least balanced layer that the verdict is about.
+        null_bands (`list[np.ndarray]`): per layer the 1 % and the 99 % quantile of the counts, sorted from the most to the
+            least frequent code, if each item drew its code at random. Shape of each: (2, K).
+        flows (`list[np.ndarray]`): per pair of adjacent layers the count that flows between codes, in at most 32 bins of
+            codes of like frequency per layer, the most frequent first, and one more for absent codes where there are
+            some. Shape of each: (bins, bins).
+        duplicate_share (`float` or `None`): share of the items whose embedding another item has too, which no quantizer
+            can tell apart; `None` without embeddings.
         better_optimum (`Diagnosis` or `None`): the diagnosis of a fit with relocation on the embeddings, if given.
     """
 
@@ -93,6 +121,9 @@ class Diagnosis:
     null_score: float | None
     verdict: str
     verdict_layer: int | None
+    null_bands: list[np.ndarray]
+    flows: list[np.ndarray]
+    duplicate_share: float | None = None
     better_optimum: "Diagnosis | None" = None
 
     @property
@@ -109,8 +140,11 @@ class Diagnosis:
 
     def to_dict(self):
         """Everything as JSON-able values."""
-        content = asdict(self)
-        content["counts"] = [counts.tolist() for counts in self.counts]
+        content = asdict(replace(self, better_optimum=None))
+        for layer, statistics in zip(content["layers"], self.layers, strict=True):
+            layer["utilisation"] = statistics.utilisation
+        for name in ("counts", "null_bands", "flows"):
+            content[name] = [array.tolist() for array in content[name]]
         content["recall_ceiling"] = {str(k): value for k, value in self.recall_ceiling.items()}
         content["collision_rate"] = self.collision_rate
         content["better_optimum"] = self.better_optimum.to_dict() if self.better_optimum else None
@@ -118,7 +152,7 @@ class Diagnosis:
         return content
 
     def to_markdown(self):
-        """The per-layer table and the summary below it."""
+        """The per-layer table, a table of the flow between layers, and the summary below them."""
         lines = [
             "| layer | entropy | normalised | Gini | std | top 1 % | under-used | used | paths used / possible |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -128,6 +162,17 @@ class Diagnosis:
                 f"| {layer.name} | {layer.entropy:.2f} bits | {layer.normalized_entropy:.3f} | {layer.gini:.3f} "
                 f"| {layer.std:.1f} | {layer.top_share:.1%} | {layer.under_used} | {layer.used} of {layer.codebook_size} "
                 f"| {layer.paths_used} / {layer.paths_possible:,} ({layer.paths_used / layer.paths_possible:.2g}) |"
+            )
+        if len(self.layers) > 1:
+            lines += [
+                "",
+                "| layer | codes after one prefix: mean | median | max | only one | prefixes before one code: mean | max |",
+                "|---|---|---|---|---|---|---|",
+            ]
+        for layer in self.layers[1:]:
+            lines.append(
+                f"| {layer.name} | {layer.children_mean:.2f} | {layer.children_median:g} | {layer.children_max} "
+                f"| {layer.single_child_share:.1%} | {layer.parents_mean:.1f} | {layer.parents_max} |"
             )
         lines += ["", self.summary()]
         return "\n".join(lines)
@@ -140,6 +185,8 @@ class Diagnosis:
             f"{self.colliding_items} items share a SID, the largest group holds {self.largest_group}; mean length "
             f"{self.mean_length:.2f}. Item-level recall ceiling {ceilings}."
         )
+        if self.duplicate_share:
+            text += f" {round(self.duplicate_share * self.num_items)} items share their embedding with another."
         if self.hourglass_score is None:
             return text + " Verdict: none (fewer than three layers have no middle)."
         text += f" Hourglass score {self.hourglass_score:+.3f} (uniform codes of this sample size: {self.null_score:+.3f})."
@@ -151,29 +198,61 @@ class Diagnosis:
             text += " It survives better training." if self.survives else " Better training removes it."
         return text
 
+    def plot(self, path=None, kind="layers"):
+        """
+        Draws the diagnosis; needs matplotlib (`pip install 'rqsid[plots]'`). To lay several over each other, or side by
+        side, see [`~figures.plot_layers`] and [`~figures.plot_flow`].
+
+        Args:
+            path (`str` or `os.PathLike`, *optional*):
+                File to write, `.png` or `.svg`.
+            kind (`str`, *optional*, defaults to `"layers"`):
+                - `"layers"`: the counts of each layer's codes from the most to the least frequent.
+                - `"flow"`: layers as columns, as tall as their codes are evenly used, and what flows between them.
+
+        Returns:
+            `matplotlib.figure.Figure`
+
+        Raises:
+            `ImportError`: without matplotlib.
+            `ValueError`: for another kind or suffix, or the flow of a single layer.
+        """
+        if kind not in ("layers", "flow"):
+            raise ValueError(f'kind={kind!r} is unknown; choose "layers" or "flow".')
+        return plot_layers(self, path) if kind == "layers" else plot_flow(self, path)
+
     __str__ = to_markdown
 
 
-def diagnose(codes, codebook_sizes, weights=None, embeddings=None):
+def diagnose(codes, codebook_sizes, weights=None, embeddings=None, seed=0):
     """
     Measures how evenly each layer uses its codes and what the collisions cost.
+
+    A verdict is given only beyond what uniform codes show in 200 simulated samples of items of these weights; see
+    [`~hourglass.simulate_uniform`].
 
     Args:
         codes (`np.ndarray` or `torch.Tensor`): Shape: (N, L). -1 where a layer is absent.
         codebook_sizes (`list[int]`):
             Codes of each layer.
         weights (`np.ndarray`, *optional*): Shape: (N,).
-            Weight of each item, for instance its interactions; 1 each if not given.
-        embeddings (`np.ndarray` or `torch.Tensor`, *optional*): Shape: (N, D).
+            Weight of each item, for instance its interactions; 1 each if not given. The verdict is then about
+            interactions.
+        embeddings (`np.ndarray`, `torch.Tensor` or whatever [`EmbeddingReader`] reads, *optional*): Shape: (N, D).
             If given, the embeddings are quantized again with relocation of under-used codes, and the report says
-            whether an hourglass survives: a real one does, one made by a poor optimum does not.
+            whether an hourglass survives: a real one does, one made by a poor optimum does not. The codebooks are fitted
+            on a random sample of at most 100 rows per code; all rows are then encoded, in chunks.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of that sample and of the fit.
 
     Returns:
         [`Diagnosis`]
 
     Raises:
         `ValueError`: if `codes` is empty or outside the codebooks, or `weights` has another length, a negative or
-            non-finite entry, or no positive one.
+            non-finite entry, or no positive one; if there are not as many embeddings as codes, or fewer than a codebook
+            has codes.
+        `TypeError`: if `codes` are not integers, or `embeddings` are nothing that can be read.
     """
     codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
     check_codes(codes, codebook_sizes)
@@ -184,15 +263,20 @@ def diagnose(codes, codebook_sizes, weights=None, embeddings=None):
 
     # 1. per layer
     counts, layers = [], []
+    random, null, null_bands = np.random.default_rng(0), [], []
     prefix, num_prefixes, possible = np.zeros(num_items, dtype=np.int64), 1, 1
     for layer, size in enumerate(codebook_sizes):
         column = codes[:, layer].astype(np.int64)
         here = column >= 0
         counts.append(np.bincount(column[here], weights=weights[here], minlength=size))
-        _, prefix = np.unique(prefix * (size + 1) + column + 1, return_inverse=True)
-        num_prefixes = int(prefix.max()) + 1
+        prefix, children, parents = extend_prefixes(prefix, column, size)
+        num_prefixes = int(children.sum())
         possible *= 1 if not here.any() else size + int(not here.all())
-        layers.append(_layer_statistics(layer, counts[-1], weights.sum(), num_prefixes, possible))
+        paths = {"paths_used": num_prefixes, "paths_possible": possible} | _flow_statistics(children, parents)
+        layers.append(_layer_statistics(layer, counts[-1], weights.sum(), paths))
+        layer_null, band = simulate_uniform(random, weights[here], size)
+        null.append(layer_null)
+        null_bands.append(band)
 
     # 2. collisions: rank of each item within its SID, heaviest first
     order = np.lexsort((-weights, prefix))
@@ -203,7 +287,12 @@ def diagnose(codes, codebook_sizes, weights=None, embeddings=None):
     ceiling = {k: float(weights[rank < k].sum() / weights.sum()) for k in (1, 10, 50)}
 
     # 3. verdict
-    score, null_score, verdict, verdict_layer = _verdict(layers, counts, weights)
+    score, null_score, verdict, verdict_layer = None, None, "none", None
+    present = [layer.layer for layer in layers if layer.present > 0]
+    if len(present) >= 3:
+        evenness = np.array([layers[layer].normalized_entropy for layer in present])
+        score, null_score, verdict, position = find_verdict(evenness, np.stack([null[layer] for layer in present]))
+        verdict_layer = None if position is None else present[position]
     diagnosis = Diagnosis(
         num_items=num_items,
         layers=layers,
@@ -217,18 +306,38 @@ def diagnose(codes, codebook_sizes, weights=None, embeddings=None):
         null_score=null_score,
         verdict=verdict,
         verdict_layer=verdict_layer,
+        null_bands=null_bands,
+        flows=bin_flows(codes, counts, weights),
     )
     if embeddings is not None:
-        if len(embeddings) != num_items:
+        reader = EmbeddingReader(embeddings)
+        if reader.num_rows is None:
+            for _ in reader.chunks():  # a stream tells its length at its end
+                pass
+        if reader.num_rows != num_items:
             raise ValueError(
-                f"{len(embeddings)} embeddings for {num_items} rows of codes: pass one embedding per item."
+                f"{reader.num_rows} embeddings for {num_items} rows of codes: pass one embedding per item."
             )
-        quantizer = ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes=list(codebook_sizes))).fit(embeddings)
-        diagnosis.better_optimum = diagnose(quantizer.encode(embeddings), codebook_sizes, weights)
+        diagnosis.duplicate_share = duplicate_share(reader)
+        config = ResidualQuantizerConfig(codebook_sizes=list(codebook_sizes), preset="fast", seed=seed)
+        _, better_codes = refit(reader, config, seed)
+        diagnosis.better_optimum = diagnose(better_codes, codebook_sizes, weights)
     return diagnosis
 
 
-def _layer_statistics(layer, counts, total, paths_used, paths_possible):
+def _flow_statistics(children, parents):
+    used = parents[parents > 0]
+    return {
+        "children_mean": float(children.mean()),
+        "children_median": float(np.median(children)),
+        "children_max": int(children.max()),
+        "single_child_share": float((children == 1).mean()),
+        "parents_mean": float(used.mean()) if len(used) else 0.0,
+        "parents_max": int(parents.max()),
+    }
+
+
+def _layer_statistics(layer, counts, total, paths):
     size, mass = len(counts), counts.sum()
     shares = counts[counts > 0] / mass if mass else np.ones(1)
     entropy = float(-(shares * np.log2(shares)).sum())
@@ -248,46 +357,5 @@ def _layer_statistics(layer, counts, total, paths_used, paths_possible):
         std=float(counts.std()),
         cv=float(counts.std() / counts.mean()) if mass else 0.0,
         top_share=float(ascending[-max(1, int(np.ceil(size / 100))) :].sum() / mass) if mass else 0.0,
-        paths_used=paths_used,
-        paths_possible=paths_possible,
+        **paths,
     )
-
-
-def _verdict(layers, counts, weights):
-    """
-    An hourglass has a waist: middle layers less even than the ends on average, by more than 0.02, and one of them less even
-    than either end, by more than 0.01; both by more than uniform codes in a sample of this size show. The average alone
-    would call a funnel an hourglass, since one even end is enough for it. A funnel narrows towards the end, a narrow top at
-    the beginning, by more than 0.02 in all.
-    """
-    evenness = np.array([layer.normalized_entropy for layer in layers if layer.present > 0])
-    present = [layer.layer for layer in layers if layer.present > 0]
-    if len(evenness) < 3:
-        return None, None, "none", None
-    score = float(evenness[1:-1].mean() - (evenness[0] + evenness[-1]) / 2)
-
-    # Weighted items count as their effective number, (sum w)^2 / sum w^2 (Kish), since few heavy items vary more.
-    sample_size = int(weights.sum() ** 2 / np.square(weights).sum())
-    random = np.random.default_rng(0)
-    null = np.stack([_null_evenness(random, sample_size, len(counts[layer])) for layer in present])
-    null_score = float(np.quantile(null[1:-1].mean(0) - (null[0] + null[-1]) / 2, 0.005))
-
-    threshold = min(HOURGLASS_THRESHOLD, float(np.quantile(null.min(0) - null.max(0), 0.005)))
-    waist = min(-TOLERANCE, float(np.quantile(null.min(0) - null.max(0), 0.005)))
-    has_waist = evenness[1:-1].min() < min(evenness[0], evenness[-1]) + waist
-    if score < min(HOURGLASS_THRESHOLD, null_score) and has_waist:
-        return score, null_score, "hourglass", present[1 + int(evenness[1:-1].argmin())]
-    widens = evenness[0] < evenness[-1] + threshold and (np.diff(evenness) > -TOLERANCE).all()
-    if widens or evenness[0] < evenness[1:].min() + threshold:
-        return score, null_score, "narrow top", present[0]
-    if evenness[-1] < evenness[0] + threshold and (np.diff(evenness) < TOLERANCE).all():
-        return score, null_score, "funnel", present[-1]
-    return score, null_score, "none", None
-
-
-def _null_evenness(random, sample_size, size):
-    if size == 1:
-        return np.ones(NULL_SAMPLES)
-    shares = random.multinomial(sample_size, np.full(size, 1 / size), NULL_SAMPLES) / sample_size
-    logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-    return -(shares * logs).sum(1) / np.log2(size)

@@ -1,39 +1,54 @@
-"""k-means for one codebook: BLAS-bound assignment in chunks, and relocation of under-used codes."""
+"""k-means for one codebook: BLAS-bound passes over chunks, with relocation of codes that are of little use."""
 
 import torch
 
-CHUNK_ROWS = 16384  # assignment works on [CHUNK_ROWS, K] scores at a time, so that memory does not grow with N
+from .relocation import relocate
+
+MAX_ROWS = 16384
 
 
-def nearest_codes(points, codebook):
+def nearest_codes(points, codebook, prices=None):
     """
-    Assigns each point to its nearest code, argmin over codes of the squared Euclidean distance.
+    Assigns each point to its nearest code, argmin over codes of the squared Euclidean distance (plus the code's price).
 
     Args:
         points (`torch.Tensor`): Shape: (N, D).
         codebook (`torch.Tensor`): Shape: (K, D).
+        prices (`torch.Tensor`, *optional*): Shape: (K,).
+            Added to the squared distance to each code before the smallest is taken; see `capacity` in [`lloyd`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: codes of shape (N,) and squared distances of shape (N,).
+        `tuple[torch.Tensor, torch.Tensor]`: codes of shape (N,) and squared distances, without prices, of shape (N,).
     """
-    # argmin |x - c|^2 = argmax x.c - |c|^2 / 2: one matrix product, no [N, K, D] difference.
+    best, codes = torch.addmm(score_offsets(codebook, prices), points, codebook.T, beta=-1).max(1)
+    if prices is not None:
+        best = best + prices[codes] / 2
+    distances = torch.linalg.vector_norm(points, dim=1).square() - 2 * best
+    return codes, distances.clamp_min_(0)
+
+
+def score_offsets(codebook, prices=None):
+    """
+    argmin_k |x - c_k|^2 + p_k = argmax_k x.c_k - o_k with o_k = (|c_k|^2 + p_k) / 2: one matrix product for all scores, no
+    [N, K, D] difference.
+
+    Returns:
+        `torch.Tensor`: o. Shape: (K,).
+    """
     half_norms = codebook.square().sum(1) / 2
-    best, codes = torch.addmm(half_norms, points, codebook.T, beta=-1).max(1)
-    distances = (points.square().sum(1) - 2 * best).clamp_min(0)
-    return codes, distances
+    return half_norms if prices is None else half_norms + prices / 2
+
+
+def chunk_rows(num_codes):
+    """Rows to assign at a time, so that the [rows, K] scores stay near 16 MB whatever N and K."""
+    return max(1024, min(MAX_ROWS, 2**22 // num_codes))
 
 
 def kmeans(
     points, num_codes, num_iterations=25, relocation_threshold=0.1, generator=None, seed_points=None, progress=None
 ):
     """
-    Lloyd's k-means in which under-used codes are moved to where the error is.
-
-    After each iteration but the last two, every code with fewer than `relocation_threshold` times the mean count is
-    moved into one of the clusters with the largest squared error, which it splits. Without it (`0`), plain Lloyd from a
-    random start leaves outliers in codes of their own, in high dimension about a third of a codebook; the rest of the
-    points then crowd into the other codes. Where tails are so heavy that outliers do deserve codes of their own, plain Lloyd
-    has the lower squared error, at the price of that crowding: compare `relative_error` with a threshold of 0.
+    [`lloyd`] on points in memory.
 
     Args:
         points (`torch.Tensor`): Shape: (N, D). Float32.
@@ -42,7 +57,7 @@ def kmeans(
         num_iterations (`int`, *optional*, defaults to 25):
             Lloyd iterations.
         relocation_threshold (`float`, *optional*, defaults to 0.1):
-            Share of the mean count below which a code is moved; `0` never moves one.
+            Share of the mean count below which a code is a candidate for relocation; `0` never moves one.
         generator (`torch.Generator`, *optional*):
             Source of all randomness.
         seed_points (`torch.Tensor`, *optional*): Shape: (K, D).
@@ -53,72 +68,167 @@ def kmeans(
     Returns:
         `torch.Tensor`: the codebook. Shape: (K, D).
     """
-    num_points, dim = points.shape
+    order = torch.randperm(len(points), generator=generator).to(points.device)
     if seed_points is None:
-        rows = torch.randperm(num_points, generator=generator)[:num_codes]
-        seed_points = points[rows.to(points.device)]
-    codebook = seed_points.clone()
+        seed_points = points[order[:num_codes]]
+    return lloyd(
+        lambda: points.split(chunk_rows(num_codes)),
+        seed_points,
+        num_iterations,
+        relocation_threshold,
+        sample=points[order[: 64 * num_codes]],
+        seed=int(torch.randint(2**31, (1,), generator=generator)),
+        after_iteration=None if progress is None else lambda *state: progress.update(),
+    )[0]
 
-    for iteration in range(num_iterations):
-        # 1. assign, and add up each cluster's points and squared error (sums in float64: order-independent enough)
-        sums = torch.zeros(num_codes, dim, dtype=torch.float64, device=points.device)
-        counts = torch.zeros(num_codes, dtype=torch.float64, device=points.device)
-        errors = torch.zeros(num_codes, dtype=torch.float64, device=points.device)
-        for chunk in points.split(CHUNK_ROWS):
-            codes, distances = nearest_codes(chunk, codebook)
-            sums += torch.zeros(num_codes, dim, device=points.device).index_add_(0, codes, chunk)
-            counts += torch.bincount(codes, minlength=num_codes)
-            errors.index_add_(0, codes, distances.double())
+
+def lloyd(
+    passes,
+    codebook,
+    num_iterations,
+    relocation_threshold=0.0,
+    sample=None,
+    seed=0,
+    spherical=False,
+    capacity=None,
+    prices=None,
+    reduce=None,
+    first_iteration=0,
+    after_iteration=None,
+):
+    """
+    Lloyd's k-means in which codes of little use are moved to where the error is.
+
+    After each iteration but the last two, [`relocate`] looks at the codes with fewer than `relocation_threshold` times the
+    mean count. Without it, plain Lloyd from a random start leaves outliers in codes of their own, in high dimension about
+    a third of a codebook, and the rest of the points crowd into the other codes.
+
+    Args:
+        passes (callable):
+            Each call returns an iterator over all points, in chunks. Shape of each: (rows, D). Float32.
+        codebook (`torch.Tensor`): Shape: (K, D).
+            Where to start. Not changed.
+        num_iterations (`int`):
+            Passes.
+        relocation_threshold (`float`, *optional*, defaults to 0.0):
+            Share of the mean count below which a code is a candidate for relocation; `0` never moves one.
+        sample (`torch.Tensor`, *optional*): Shape: (M, D).
+            Random points, for relocation to look at.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the relocation.
+        spherical (`bool`, *optional*, defaults to `False`):
+            Whether codes are kept at length one, for points of length one.
+        capacity (`float`, *optional*):
+            Largest count of a code, as a multiple of the mean count. Crowded codes get a price, which is added to the
+            squared distance to them, and which rises until they are not crowded: the dual of the assignment problem in
+            which no code may take more than its capacity. A point's code still depends on nothing but that point.
+        prices (`torch.Tensor`, *optional*): Shape: (K,).
+            Prices to start from.
+        reduce (callable, *optional*):
+            Called with a function that returns a tuple of tensors, returns their sums over all processes.
+        first_iteration (`int`, *optional*, defaults to 0):
+            Iterations done before, of an interrupted run.
+        after_iteration (callable, *optional*):
+            Called after each iteration with the number of iterations done, the codebook, and the prices.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor or None]`: the codebook of shape (K, D), and the prices of shape (K,).
+    """
+    num_codes = len(codebook)
+    if capacity is not None and prices is None:
+        prices = torch.zeros(num_codes, dtype=codebook.dtype, device=codebook.device)
+
+    for iteration in range(first_iteration, num_iterations):
+        # 1. assign, and add up each cluster's points; `reduce` sums over processes
+        def statistics(codebook=codebook, prices=prices):
+            return cluster_sums(passes(), codebook, prices)
+
+        sums, counts, squares = statistics() if reduce is None else reduce(statistics)
+        mean_count = counts.mean()
 
         # 2. move every code to the mean of its points; an empty one stays
         codebook = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], codebook.double())
-        codebook = codebook.to(points.dtype)
+        errors = (squares - counts * codebook.square().sum(1)).clamp_min(0)
+        if spherical:
+            codebook = torch.nn.functional.normalize(codebook, dim=1)
+        codebook = codebook.float()
 
-        # 3. relocate; the last two iterations only settle what was moved
+        # 3. crowded codes get dearer, the others cheaper again, in steps that shrink with the mean error of a point
+        if capacity is not None:
+            step = 0.3 * float(errors.sum() / counts.sum()) / (1 + iteration) ** 0.5
+            crowding = torch.log(counts.clamp_min(0.5) / (capacity * mean_count))
+            prices = (prices + step * crowding.clamp(-1, 1).float()).clamp_min(0)
+
+        # 4. relocate; the last two iterations only settle what was moved
         if relocation_threshold > 0 and iteration < num_iterations - 2:
-            relocate(codebook, points, counts, errors, relocation_threshold, generator)
-        if progress is not None:
-            progress.update()
-    return codebook
+            generator = torch.Generator().manual_seed(seed + iteration)
+            changed = relocate(codebook, sample, counts, errors, relocation_threshold, generator)
+            if spherical:
+                codebook = torch.nn.functional.normalize(codebook, dim=1)
+            if prices is not None:
+                prices[changed] = 0
+        if after_iteration is not None:
+            after_iteration(iteration + 1, codebook, prices)
+    return codebook, prices
 
 
-def relocate(codebook, points, counts, errors, threshold, generator=None):
+def settle_prices(passes, codebook, prices, capacity, reduce=None, max_passes=30):
     """
-    Moves under-used codes, in place, each into a cluster of its own among those with the largest squared error.
+    Further passes in which only the prices change, until no code has more than 1.02 times its capacity.
+
+    Each price has a step of its own, which grows while the code stays on one side of its capacity and shrinks when it
+    changes sides.
 
     Args:
-        codebook (`torch.Tensor`): Shape: (K, D). Changed in place.
-        points (`torch.Tensor`): Shape: (N, D).
-        counts (`torch.Tensor`): Shape: (K,). Points per code.
-        errors (`torch.Tensor`): Shape: (K,). Squared error per code.
-        threshold (`float`):
-            Codes with fewer than this share of the mean count are moved.
-        generator (`torch.Generator`, *optional*):
-            Source of all randomness.
-    """
-    under_used = torch.nonzero(counts < threshold * counts.mean()).flatten()
-    # A donor must have error to give: with more codes than distinct points there are fewer donors than under-used codes.
-    donor_errors = errors.clone()
-    donor_errors[under_used] = 0
-    donor_errors[donor_errors <= 1e-9 * points.square().mean() * points.shape[1]] = 0
-    num_moved = min(len(under_used), int((donor_errors > 0).sum()))
-    if num_moved == 0:
-        return
-    donors = torch.topk(donor_errors, num_moved).indices
-    moved = under_used[torch.argsort(counts[under_used])][:num_moved]
+        passes, codebook, prices, capacity, reduce: as in [`lloyd`].
+        max_passes (`int`, *optional*, defaults to 30):
+            When to stop at the latest. Points of one place cannot be parted, so there may be no prices that suffice.
 
-    # The two halves start on both sides of the donor's centre, apart by a fraction of its spread in a direction in
-    # which points really lie: towards one of a sample of the data that belongs to it, or a random one if none does.
-    sample = points[torch.randint(len(points), (min(len(points), 16 * len(codebook)),), generator=generator)]
-    codes, distances = nearest_codes(sample, codebook)
-    directions = torch.randn(num_moved, points.shape[1], generator=generator).to(points)
-    spread = (errors[donors] / counts[donors].clamp_min(1)).sqrt().to(points.dtype)
-    # The first member of each code; plain indexing would keep whichever of several writes came last, a race of threads.
-    off_centre = torch.nonzero(distances > 0).flatten()
-    member = torch.full((len(codebook),), len(sample), device=points.device)
-    member.scatter_reduce_(0, codes[off_centre], off_centre, "amin")
-    has_member = member[donors] < len(sample)
-    directions[has_member] = sample[member[donors[has_member]]] - codebook[donors[has_member]]
-    offsets = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * spread[:, None] / 2
-    codebook[moved] = codebook[donors] + offsets
-    codebook[donors] -= offsets
+    Returns:
+        `torch.Tensor`: the prices. Shape: (K,).
+    """
+    steps, before = None, None
+    best, least = prices, float("inf")
+    for _ in range(max_passes):
+
+        def statistics(prices=prices):
+            return cluster_sums(passes(), codebook, prices)
+
+        sums, counts, squares = statistics() if reduce is None else reduce(statistics)
+        crowding = counts / (capacity * counts.mean())
+        if float(crowding.max()) < least:
+            best, least = prices, float(crowding.max())
+        if least <= 1.02:
+            break
+        if steps is None:
+            means = sums / counts.clamp_min(1)[:, None]
+            error = float((squares - counts * means.square().sum(1)).clamp_min(0).sum() / counts.sum())
+            steps = torch.full_like(prices, 0.05 * error)
+        side = torch.where(crowding > 1, 1.0, -1.0).to(prices)
+        if before is not None:
+            steps = steps * torch.where(side == before, 1.3, 0.4)
+        before = side
+        prices = (prices + side * steps * (crowding - 1).abs().clamp(0.05, 1).to(prices)).clamp_min(0)
+    return best
+
+
+def cluster_sums(chunks, codebook, prices=None):
+    """
+    One pass: what each code's points add up to, in float64, so that neither the order of the chunks nor their distribution
+    over processes matters much.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: sum of the points (K, D), their number (K,), and the sum of their
+        squared lengths (K,).
+    """
+    num_codes, dim = codebook.shape
+    sums = torch.zeros(num_codes, dim, dtype=torch.float64, device=codebook.device)
+    counts, squares = (torch.zeros(num_codes, dtype=torch.float64, device=codebook.device) for _ in range(2))
+    offsets, columns = score_offsets(codebook, prices), codebook.T
+    for chunk in chunks:
+        codes = torch.addmm(offsets, chunk, columns, beta=-1).max(1).indices
+        # Added up in float32 within a chunk, which is several times faster, in float64 between chunks.
+        sums += torch.zeros_like(codebook).index_add_(0, codes, chunk)
+        counts += torch.bincount(codes, minlength=num_codes)
+        squares.index_add_(0, codes, torch.linalg.vector_norm(chunk, dim=1).double().square())
+    return sums, counts, squares

@@ -9,7 +9,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check_codes
-from .kmeans import CHUNK_ROWS, kmeans, nearest_codes
+from .embeddings import EmbeddingReader
+from .initialization import INITIALIZATIONS
+from .processes import require_process_group
+from .residual_kmeans import Layer, assign_, assignment_terms, beam_codes, fit_residual_kmeans
+
+PRESETS = {
+    "quality": {"num_iterations": 25, "sample_per_code": 0, "num_sample_iterations": 0},
+    "fast": {"num_iterations": 5, "sample_per_code": 64, "num_sample_iterations": 15},
+}
+METRICS = ("euclidean", "cosine")
+ENCODE_ROWS = 4096  # small enough that residuals and scores stay in the cache
 
 
 class ResidualQuantizerConfig(PreTrainedConfig):
@@ -21,25 +31,57 @@ class ResidualQuantizerConfig(PreTrainedConfig):
             Codes of each layer, first layer first.
         embedding_dim (`int`, *optional*):
             D. Set by `fit`.
-        num_iterations (`int`, *optional*, defaults to 25):
-            Lloyd iterations of each layer.
-        relocation_threshold (`float`, *optional*, defaults to 0.1):
-            Codes with fewer than this share of their layer's mean count are moved while fitting, each to split one of
-            the clusters with the largest squared error. `0` is plain k-means from a random start.
+        preset (`str`, *optional*, defaults to `"quality"`):
+            Gives `num_iterations`, `sample_per_code` and `num_sample_iterations` where they are not given:
+            - `"quality"`: 25 passes over all rows.
+            - `"fast"`: 15 passes over 64 rows per code, then 5 over all rows. For large data: what takes long there is
+              passes over all rows.
+        num_iterations (`int`, *optional*):
+            Passes over all rows for each layer.
+        sample_per_code (`int`, *optional*):
+            Random rows per code for the passes before those; `0` does without.
+        num_sample_iterations (`int`, *optional*):
+            Passes over these rows.
+        init (`str`, *optional*, defaults to `"random"`):
+            `"random"`, `"k-means++"` or `"staged"`; see [`initial_codebook`].
+        relocation_threshold (`float`, *optional*, defaults to 0.25):
+            Codes with fewer than this share of their layer's mean count are moved while fitting, each to split a cluster with a
+            large squared error, where that pays. `0` is plain k-means.
+        metric (`str`, *optional*, defaults to `"euclidean"`):
+            `"euclidean"`: the nearest code; or `"cosine"`: the code nearest in direction (spherical k-means), with the
+            length that leaves the least error.
+        normalize_residuals (`bool`, *optional*, defaults to `False`):
+            Whether each layer sees only the direction of what the layers before it left over. Then `decode` knows the
+            lengths on average only.
+        capacity (`float`, *optional*):
+            Largest count of a code while fitting, as a multiple of its layer's mean count, at least 1. It is held by
+            prices, which encoding adds to squared distances, so that a product's code still depends on nothing but its
+            embedding; where many embeddings are equal it cannot be held.
+        num_beams (`int`, *optional*, defaults to 1):
+            Beams of `encode`. More than one finds codes of less squared error, at the price of prefixes that are no longer
+            the nearest ones: neighbours share fewer of them.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the initial codebooks and of the relocation.
+            Seed of all randomness.
 
     Raises:
         `TypeError`: if `codebook_sizes` is no list of integers.
-        `ValueError`: for sizes, iterations or thresholds out of range.
+        `ValueError`: for values out of range, or options that exclude each other.
     """
 
     model_type = "rqsid_residual_quantizer"
 
     codebook_sizes: list[int] | None = None
     embedding_dim: int | None = None
-    num_iterations: int = 25
-    relocation_threshold: float = 0.1
+    preset: str = "quality"
+    num_iterations: int | None = None
+    sample_per_code: int | None = None
+    num_sample_iterations: int | None = None
+    init: str = "random"
+    relocation_threshold: float = 0.25
+    metric: str = "euclidean"
+    normalize_residuals: bool = False
+    capacity: float | None = None
+    num_beams: int = 1
     seed: int = 0
 
     def __post_init__(self, **kwargs):
@@ -56,11 +98,35 @@ class ResidualQuantizerConfig(PreTrainedConfig):
                 f"codebook_sizes={self.codebook_sizes}: every layer needs at least one code. Pass one positive size per "
                 "layer, for instance [256, 256, 256]."
             )
-        if self.num_iterations < 1:
-            raise ValueError(f"num_iterations={self.num_iterations}: k-means needs at least one iteration.")
+        for name, allowed in (("preset", tuple(PRESETS)), ("init", INITIALIZATIONS), ("metric", METRICS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known. Pass one of {', '.join(map(repr, allowed))}."
+                )
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, least in (
+            ("num_iterations", 1),
+            ("sample_per_code", 0),
+            ("num_sample_iterations", 0),
+            ("num_beams", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
         if not 0 <= self.relocation_threshold < 1:
             raise ValueError(
                 f"relocation_threshold={self.relocation_threshold} must lie in [0, 1): it is a share of the mean count."
+            )
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(
+                f"capacity={self.capacity} leaves no room for all items. It is a multiple of the mean count: pass 1 for equal "
+                "counts, or more."
+            )
+        if self.num_beams > 1 and (self.metric == "cosine" or self.normalize_residuals or self.capacity is not None):
+            raise ValueError(
+                f"num_beams={self.num_beams} compares squared errors, which metric='cosine', normalize_residuals and capacity "
+                "do not go by. Use num_beams=1 with them."
             )
         super().__post_init__(**kwargs)
 
@@ -91,20 +157,44 @@ class ResidualQuantizer(PreTrainedModel):
 
     def __init__(self, config=None):
         super().__init__(config if config is not None else ResidualQuantizerConfig())
-        self.codebooks = nn.ParameterList()
+        self.codebooks, self.prices, self.scales = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         if self.config.embedding_dim is not None:
-            self._make_codebooks(self.config.embedding_dim)
+            sizes, dim = self.config.codebook_sizes, self.config.embedding_dim
+            self._set_layers(
+                [
+                    Layer(
+                        torch.zeros(size, dim),
+                        torch.zeros(size) if self.config.capacity is not None else None,
+                        torch.ones(1) if self.config.normalize_residuals else None,
+                    )
+                    for size in sizes
+                ]
+            )
         self.post_init()
 
     def _init_weights(self, module):
         pass  # codebooks are fitted or loaded, never drawn
 
-    def _make_codebooks(self, dim):
+    def _set_layers(self, layers):
         # Parameters rather than buffers, because save_pretrained cannot tell the dtype of a model that has only buffers.
-        self.codebooks = nn.ParameterList(
-            nn.Parameter(torch.zeros(size, dim), requires_grad=False) for size in self.config.codebook_sizes
-        )
-        self.config.embedding_dim = dim
+        for name, values in (
+            ("codebooks", [layer.codebook for layer in layers]),
+            ("prices", [layer.prices for layer in layers if layer.prices is not None]),
+            ("scales", [layer.scale for layer in layers if layer.scale is not None]),
+        ):
+            parameters = nn.ParameterList(nn.Parameter(value.contiguous(), requires_grad=False) for value in values)
+            setattr(self, name, parameters)
+        self.config.embedding_dim = layers[0].codebook.shape[1]
+
+    def _layers(self):
+        return [
+            Layer(
+                codebook.data.float(),
+                self.prices[index].data.float() if len(self.prices) else None,
+                self.scales[index].data.float() if len(self.scales) else None,
+            )
+            for index, codebook in enumerate(self.codebooks)
+        ]
 
     def save_pretrained(self, *args, **kwargs):
         self._require_fitted()
@@ -128,76 +218,109 @@ class ResidualQuantizer(PreTrainedModel):
         return len(self.config.codebook_sizes)
 
     @torch.no_grad()
-    def fit(self, embeddings, show_progress_bar=False):
+    def fit(
+        self,
+        embeddings,
+        column="embedding",
+        distributed=False,
+        checkpoint_dir=None,
+        max_rows_in_memory=None,
+        device=None,
+        show_progress_bar=False,
+    ):
         """
         Fits all codebooks, layer by layer.
 
         Args:
-            embeddings (`np.ndarray` or `torch.Tensor`): Shape: (N, D). Any float type.
+            embeddings (`np.ndarray`, `torch.Tensor`, `datasets.Dataset`, `datasets.IterableDataset`, `str` or `os.PathLike`):
+                Shape: (N, D). Any float type; see [`EmbeddingReader`] for what a path may be. Nothing larger than
+                `max_rows_in_memory` is loaded: what does not fit is read again in every full pass.
+            column (`str`, *optional*, defaults to `"embedding"`):
+                The column of a data set that holds the embeddings.
+            distributed (`bool`, *optional*, defaults to `False`):
+                Whether all processes of the process group fit together, each on its own share of the embeddings, which
+                it passes here. All get the same codebooks, of the quality that one process would reach on all of the
+                embeddings; rounding differs, so the codebooks are not the same bits.
+            checkpoint_dir (`str` or `os.PathLike`, *optional*):
+                Where the state is saved after each full pass. A fit with the same arguments goes on from there, and gives
+                what an uninterrupted one would have given.
+            max_rows_in_memory (`int`, *optional*):
+                Rows to hold, as float32; 1 GiB of them if not given.
+            device (`str` or `torch.device`, *optional*):
+                Where to compute; where the embeddings are if not given.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
-                Whether to show one bar over all iterations.
+                Whether to show one bar over all passes.
 
         Returns:
             [`ResidualQuantizer`]: itself.
 
         Raises:
-            `TypeError`: if `embeddings` is not an array or tensor of numbers.
-            `ValueError`: if it is not 2-dimensional, holds NaN or infinite values, or has fewer rows than a layer has
-                codes.
+            `TypeError`: if `embeddings` is of another kind, or not floating point.
+            `ValueError`: if they are not 2-dimensional, hold NaN or infinite values, are fewer than a layer has codes, all
+                equal, or change between passes; if there is no process group, or the checkpoint is another fit's.
         """
-        residuals = self._check(embeddings, expect_dim=None).clone()
-        num_points, dim = residuals.shape
-        if num_points < max(self.codebook_sizes):
-            raise ValueError(
-                f"{num_points} embeddings cannot fill a codebook of {max(self.codebook_sizes)} codes. Pass more "
-                "embeddings or a smaller codebook_sizes."
+        if distributed:
+            require_process_group()
+        reader = EmbeddingReader(embeddings, column, device=device)
+        config = self.config
+        passes = config.num_iterations + (config.num_sample_iterations if config.sample_per_code else 0)
+        with tqdm(total=self.num_layers * passes, desc="codebooks", disable=not show_progress_bar) as bar:
+            layers = fit_residual_kmeans(
+                reader, config, distributed, max_rows_in_memory, checkpoint_dir, lambda: bar.update()
             )
-        generator = torch.Generator().manual_seed(self.config.seed)
-        codebooks = []
-        with tqdm(
-            total=self.num_layers * self.config.num_iterations, desc="codebooks", disable=not show_progress_bar
-        ) as bar:
-            for size in self.codebook_sizes:
-                codebook = kmeans(
-                    residuals,
-                    size,
-                    num_iterations=self.config.num_iterations,
-                    relocation_threshold=self.config.relocation_threshold,
-                    generator=generator,
-                    progress=bar,
-                )
-                for chunk in residuals.split(CHUNK_ROWS):
-                    chunk -= codebook[nearest_codes(chunk, codebook)[0]]
-                codebooks.append(codebook)
         # Only now, so that an interrupted fit leaves the quantizer as it was.
-        self._make_codebooks(dim)
-        for parameter, codebook in zip(self.codebooks, codebooks, strict=True):
-            parameter.data = codebook
+        self._set_layers(layers)
         return self
 
     @torch.no_grad()
-    def encode(self, embeddings):
+    def encode(self, embeddings, column="embedding", num_beams=None, out=None, show_progress_bar=False):
         """
         Args:
-            embeddings (`np.ndarray` or `torch.Tensor`): Shape: (N, D).
+            embeddings (`np.ndarray`, `torch.Tensor`, `datasets.Dataset`, `datasets.IterableDataset`, `str` or `os.PathLike`):
+                Shape: (N, D). As for `fit`; read in chunks.
+            column (`str`, *optional*, defaults to `"embedding"`):
+                The column of a data set that holds the embeddings.
+            num_beams (`int`, *optional*):
+                Beams; the configuration's if not given.
+            out (`np.ndarray`, *optional*): Shape: (N, L).
+                Where to write the codes, for instance a memory-mapped array of a small integer type.
+            show_progress_bar (`bool`, *optional*, defaults to `False`):
+                Whether to show a bar over the rows.
 
         Returns:
-            `np.ndarray` (int32) or `torch.Tensor` (int64), as the input was: the codes. Shape: (N, L).
+            `np.ndarray` (int32, or `out`); `torch.Tensor` (int64) for a tensor: the codes. Shape: (N, L).
 
         Raises:
-            `TypeError`, `ValueError`: as `fit`; also if D differs from the codebooks', or the quantizer is not fitted.
+            `TypeError`, `ValueError`: as `fit`; also if D differs from the codebooks', the quantizer is not fitted, or `out`
+                has another shape or too small a type.
         """
         self._require_fitted()
-        points = self._check(embeddings, expect_dim=self.config.embedding_dim)
-        codes = torch.empty(len(points), self.num_layers, dtype=torch.int64, device=points.device)
-        codebooks = [codebook.float() for codebook in self.codebooks]
-        for start in range(0, len(points), CHUNK_ROWS):
-            residual = points[start : start + CHUNK_ROWS].clone()
-            for layer, codebook in enumerate(codebooks):
-                layer_codes = nearest_codes(residual, codebook)[0]
-                residual -= codebook[layer_codes]
-                codes[start : start + CHUNK_ROWS, layer] = layer_codes
-        return codes if isinstance(embeddings, torch.Tensor) else codes.cpu().numpy().astype(np.int32)
+        reader = EmbeddingReader(embeddings, column, self.config.embedding_dim, self.codebooks[0].device)
+        num_beams = self.config.num_beams if num_beams is None else num_beams
+        self._check_beams(num_beams)
+        if out is not None:
+            self._check_out(out, reader.num_rows)
+        layers, cosine = self._layers(), self.config.metric == "cosine"
+        terms = [assignment_terms(layer, cosine) for layer in layers]
+        parts = []
+        with tqdm(total=reader.num_rows, desc="codes", unit=" rows", disable=not show_progress_bar) as bar:
+            for start, chunk in reader.chunks(max(256, ENCODE_ROWS // num_beams)):
+                if num_beams > 1:
+                    codes = beam_codes(chunk, [layer.codebook for layer in layers], num_beams)
+                else:
+                    residual = torch.clone(chunk, memory_format=torch.contiguous_format)
+                    codes = torch.empty(len(chunk), len(layers), dtype=torch.int32, device=chunk.device)
+                    for index, layer in enumerate(layers):
+                        codes[:, index] = assign_(residual, layer, self.config, terms[index])
+                if out is not None:
+                    out[start : start + len(chunk)] = codes.cpu().numpy()
+                else:
+                    parts.append(codes.int())
+                bar.update(len(chunk))
+        if out is not None:
+            return out
+        codes = torch.cat(parts) if parts else torch.empty(0, len(layers), dtype=torch.int32)
+        return codes.long() if isinstance(embeddings, torch.Tensor) else codes.cpu().numpy()
 
     @torch.no_grad()
     def decode(self, codes):
@@ -219,31 +342,47 @@ class ResidualQuantizer(PreTrainedModel):
         check_codes(rows, self.codebook_sizes)
         rows = rows.to(device=self.codebooks[0].device, dtype=torch.int64)
         decoded = torch.zeros(len(rows), self.config.embedding_dim, device=rows.device)
-        for layer, codebook in enumerate(self.codebooks):
-            present = rows[:, layer] >= 0
-            decoded[present] += codebook[rows[present, layer]].float()
+        scale = torch.ones(1, device=rows.device)
+        for index, layer in enumerate(self._layers()):
+            scale = scale if layer.scale is None else scale * layer.scale
+            present = rows[:, index] >= 0
+            decoded[present] += scale * layer.codebook[rows[present, index]]
         return decoded if isinstance(codes, torch.Tensor) else decoded.cpu().numpy()
 
     forward = encode
 
     @torch.no_grad()
-    def relative_error(self, embeddings):
+    def relative_error(self, embeddings, column="embedding"):
         """
         Squared error of the reconstruction as a share of the embeddings' variance: sum |x - decode(encode(x))|^2 over
         sum |x - mean|^2.
 
         Args:
-            embeddings (`np.ndarray` or `torch.Tensor`): Shape: (N, D).
+            embeddings (`np.ndarray`, `torch.Tensor`, `datasets.Dataset`, `datasets.IterableDataset`, `str` or `os.PathLike`):
+                Shape: (N, D).
+            column (`str`, *optional*, defaults to `"embedding"`):
+                The column of a data set that holds the embeddings.
 
         Returns:
-            `float`
+            `float`: 0 where embeddings are all equal and met exactly.
 
         Raises:
             `TypeError`, `ValueError`: as `encode`.
         """
-        points = self._check(embeddings, expect_dim=self.config.embedding_dim)
-        error = (points - self.decode(self.encode(points))).double().square().sum()
-        return float(error / (points - points.mean(0)).double().square().sum())
+        self._require_fitted()
+        reader = EmbeddingReader(embeddings, column, self.config.embedding_dim, self.codebooks[0].device)
+        error, rows, total, squares = 0.0, 0, 0.0, 0.0
+        shift = None
+        for _, chunk in reader.chunks():
+            error += float((chunk - self.decode(self.encode(chunk))).double().square().sum())
+            # Deviations from some row: those from zero would cancel where all embeddings lie far from it.
+            shift = chunk[0].double() if shift is None else shift
+            centred = chunk.double() - shift
+            rows, total, squares = rows + len(chunk), total + centred.sum(0), squares + float(centred.square().sum())
+        if rows == 0:
+            raise ValueError("There are no embeddings to measure the error on. Pass at least one.")
+        variance = squares - float(total.square().sum()) / rows
+        return error / variance if variance > 0 else (0.0 if error == 0 else float("inf"))
 
     def _require_fitted(self):
         if len(self.codebooks) == 0:
@@ -251,35 +390,19 @@ class ResidualQuantizer(PreTrainedModel):
                 "This ResidualQuantizer has no codebooks yet. Call fit(embeddings) or from_pretrained first."
             )
 
-    def _check(self, embeddings, expect_dim):
-        if not isinstance(embeddings, np.ndarray | torch.Tensor):
-            raise TypeError(
-                f"embeddings must be a numpy array or a torch tensor, got {type(embeddings).__name__}. Convert it first: "
-                "numpy.asarray(rows), or frame.to_numpy()."
-            )
-        points = torch.as_tensor(embeddings)
-        if points.ndim != 2:
+    def _check_beams(self, num_beams):
+        config = self.config
+        plain = config.metric == "euclidean" and not config.normalize_residuals and config.capacity is None
+        if num_beams < 1 or (num_beams > 1 and not plain):
             raise ValueError(
-                f"embeddings have shape {tuple(points.shape)}; one row per product is needed: (N, D). For a single "
-                "product pass embedding[None]."
+                f"num_beams={num_beams}: pass 1, or more for a quantizer with metric='euclidean' and neither normalize_residuals "
+                "nor capacity, because beams compare squared errors."
             )
-        if not points.is_floating_point():
-            raise TypeError(
-                f"embeddings must be floating point, got {points.dtype}. Convert them with .astype('float32')."
-            )
-        if expect_dim is not None and points.shape[1] != expect_dim:
-            raise ValueError(
-                f"embeddings have {points.shape[1]} dimensions, the codebooks {expect_dim}. Encode with the embedding "
-                "model that the codebooks were fitted on, or fit again."
-            )
-        device = self.codebooks[0].device if len(self.codebooks) else points.device
-        points = points.to(device=device, dtype=torch.float32)
-        for start in range(0, len(points), CHUNK_ROWS):
-            bad = ~torch.isfinite(points[start : start + CHUNK_ROWS]).all(1)
-            if bad.any():
-                row = start + int(torch.nonzero(bad)[0])
-                raise ValueError(
-                    f"embeddings hold NaN, infinite values or values beyond float32 (first in row {row}). Remove those "
-                    "products, embed them again, or scale the embeddings down."
-                )
-        return points
+
+    def _check_out(self, out, num_rows):
+        if not isinstance(out, np.ndarray) or out.dtype.kind not in "iu":
+            raise TypeError(f"out must be a numpy array of integers, got {getattr(out, 'dtype', type(out).__name__)}.")
+        if out.ndim != 2 or out.shape[1] != self.num_layers or (num_rows is not None and len(out) != num_rows):
+            raise ValueError(f"out has shape {out.shape}, but the codes have ({num_rows}, {self.num_layers}).")
+        if np.iinfo(out.dtype).max < max(self.codebook_sizes) - 1:
+            raise ValueError(f"out is {out.dtype}, which cannot hold codes up to {max(self.codebook_sizes) - 1}.")

@@ -225,7 +225,8 @@ def test_the_installed_wheel_works_on_its_own(wheel, tmp_path):
     command += ["--disable-pip-version-check", "--target", str(target), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in target.iterdir()} == {"rqsid", f"rqsid-{rqsid.__version__}.dist-info"}
+    assert {path.name for path in target.iterdir()} == {"rqsid", f"rqsid-{rqsid.__version__}.dist-info", "bin"}
+    assert [path.name for path in (target / "bin").iterdir()] == ["rqsid"]
     # PYTHONPATH comes before an editable installation, and a cache of its own keeps other copies of the metrics away.
     environment = os.environ | {"PYTHONPATH": str(target), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", TINY_ROAD, str(target)]

@@ -7,6 +7,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+from rqsid.sid_tokenizer.figures import plot_layers  # noqa: E402
+
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3")
 
 
@@ -17,33 +19,11 @@ def draw_layers(diagnoses, path):
 
     Args:
         diagnoses (`dict[str, Diagnosis]`):
-            By label. A diagnosis labelled "pruned" keeps the order of the one before it, so that one sees what was pruned.
+            By label. A pruned one keeps the order of the one that it was pruned from, so that one sees what was pruned.
         path (`str`):
             PNG file to write.
     """
-    num_layers = max(len(diagnosis.layers) for diagnosis in diagnoses.values())
-    figure, axes = plt.subplots(1, num_layers + 1, figsize=(3.4 * (num_layers + 1), 3.2), layout="constrained")
-    orders = {}
-    for (label, diagnosis), colour in zip(diagnoses.items(), COLOURS, strict=False):
-        style = "--" if label == "pruned" else "-"
-        for layer, axis in zip(diagnosis.layers, axes, strict=False):
-            counts = diagnosis.counts[layer.layer]
-            if label != "pruned":
-                orders[layer.layer] = np.argsort(-counts, kind="stable")
-            axis.plot(np.arange(1, len(counts) + 1), counts[orders[layer.layer]], style, color=colour, label=label)
-            axis.set_yscale("symlog", linthresh=1)
-            axis.set_title(f"layer {layer.name}", fontsize=10)
-            axis.set_xlabel("code, by frequency")
-            axis.sharey(axes[0])
-        evenness = [layer.normalized_entropy for layer in diagnosis.layers]
-        axes[-1].plot(evenness, range(len(evenness)), f"o{style}", color=colour, label=label)
-    axes[0].set_ylabel("products")
-    axes[-1].set_yticks(range(num_layers), [layer.name for layer in diagnosis.layers])
-    axes[-1].invert_yaxis()
-    axes[-1].set_title("normalised entropy", fontsize=10)
-    axes[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    plot_layers(diagnoses, path)
 
 
 def draw_results(results, metric, path):

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 
 from rqsid import ResidualQuantizer, ResidualQuantizerConfig, diagnose
+from rqsid.sid_tokenizer import refit as refit_module
+from rqsid.sid_tokenizer.embeddings import EmbeddingReader
+from rqsid.sid_tokenizer.hourglass import HEAVIEST, NULL_SAMPLES, simulate_uniform
 
 # Four items in two layers of 4 and 2 codes; the last two share a SID.
 TINY = np.array([[0, 0], [1, 0], [2, 1], [2, 1]])
@@ -27,8 +30,10 @@ def shared_offsets(seed=0, num_items=12_000, num_clusters=64, dim=32, share=0.2)
     return points.astype(np.float32)
 
 
-def encode(points, sizes, threshold=0.1):
-    config = ResidualQuantizerConfig(codebook_sizes=sizes, relocation_threshold=threshold, num_iterations=15)
+def encode(points, sizes, threshold=0.1, seed=0):
+    config = ResidualQuantizerConfig(
+        codebook_sizes=sizes, relocation_threshold=threshold, num_iterations=15, seed=seed
+    )
     return ResidualQuantizer(config).fit(points).encode(points)
 
 
@@ -46,6 +51,14 @@ def test_by_hand():
     assert (first.top_share, first.used, first.under_used, first.present) == (0.5, 3, 1, 1.0)
     assert (first.paths_used, first.paths_possible) == (3, 4)
     assert (second.entropy, second.gini, second.std, second.top_share) == (1.0, 0.0, 0.0, 0.5)
+    assert (first.utilisation, second.utilisation) == (0.75, 1.0)
+    # the empty prefix has the children 0, 1 and 2, each of which has one child; code 0 follows two prefixes, code 1 one
+    assert (first.children_mean, first.children_median, first.children_max, first.single_child_share) == (3, 3, 3, 0)
+    assert (first.parents_mean, first.parents_max) == (1, 1)
+    assert (second.children_mean, second.children_median, second.children_max) == (1, 1, 1)
+    assert (second.single_child_share, second.parents_mean, second.parents_max) == (1, 1.5, 2)
+    # codes by frequency: 2, 0, 1, 3 and 0, 1
+    assert [flow.tolist() for flow in found.flows] == [[[0, 2], [1, 0], [1, 0], [0, 0]]]
     assert (second.paths_used, second.paths_possible) == (3, 8)
     assert (found.num_items, found.unique_sids, found.colliding_items, found.largest_group) == (4, 3, 2, 2)
     assert found.collision_rate == 0.25 and found.mean_length == 2
@@ -103,11 +116,29 @@ def test_equals_brute_force(seed, num_items, sizes, weighted):
         prefixes = {tuple(row) for row in codes[:, : layer + 1].tolist()}
         assert statistics.paths_used == len(prefixes)
         assert statistics.paths_used <= statistics.paths_possible
+        before = {tuple(row) for row in codes[:, :layer].tolist()}
+        children = [len({path for path in prefixes if path[:-1] == node}) for node in before]
+        parents = [len({path for path in prefixes if path[-1] == code}) for code in range(size)]
+        assert statistics.children_mean == pytest.approx(np.mean(children))
+        assert (statistics.children_median, statistics.children_max) == (np.median(children), max(children))
+        assert statistics.single_child_share == pytest.approx(np.mean(np.array(children) == 1))
+        assert statistics.parents_mean == pytest.approx(np.mean([n for n in parents if n] or [0]))
+        assert statistics.parents_max == max(parents)
         if counts.sum():
             assert statistics.entropy == pytest.approx(scipy_entropy(counts, base=2), abs=1e-12)
             double_sum = np.abs(counts[:, None] - counts[None]).sum() / (2 * size * counts.sum())
             assert statistics.gini == pytest.approx(double_sum, abs=1e-12)
             assert statistics.top_share == pytest.approx(counts.max() / counts.sum())
+
+    for layer, flow in enumerate(found.flows):
+        ranks = [
+            np.append(np.argsort(np.argsort(-found.counts[i], kind="stable")), sizes[i]) for i in (layer, layer + 1)
+        ]
+        expected = np.zeros((sizes[layer] + 1, sizes[layer + 1] + 1))
+        for row, weight in zip(codes, weights, strict=True):
+            expected[ranks[0][row[layer]], ranks[1][row[layer + 1]]] += weight
+        assert flow == pytest.approx(expected[: len(flow), : flow.shape[1]])
+        assert flow.sum() == pytest.approx(weights.sum())
 
     groups = {}
     for row, sid in enumerate(map(tuple, codes.tolist())):
@@ -127,15 +158,21 @@ def test_top_share_is_of_one_percent_of_the_codes():
     assert diagnose(codes, [201]).layers[0].top_share == 81 / 278  # 2.01 codes are rounded up
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0])
-def test_shared_offsets_make_an_hourglass_that_survives(threshold):
+def test_shared_offsets_make_an_hourglass_that_survives():
     points, sizes = shared_offsets(), [64, 64, 64]
-    found = diagnose(encode(points, sizes, threshold), sizes, embeddings=points)
+    found = diagnose(encode(points, sizes), sizes, embeddings=points)
     assert (found.verdict, found.verdict_layer) == ("hourglass", 1)
     assert found.hourglass_score < -0.05 and found.hourglass_score < found.null_score
     assert found.layers[1].gini > found.layers[0].gini + 0.2
     assert found.survives is True
     assert "b (1)" in found.summary() and "survives" in found.summary()
+
+
+def test_plain_training_shows_it_from_most_starts():
+    """From some starts the last layer is as uneven as the middle one: plain k-means is a matter of luck."""
+    points, sizes = shared_offsets(), [64, 64, 64]
+    found = [diagnose(encode(points, sizes, threshold=0, seed=seed), sizes) for seed in range(5)]
+    assert [(one.verdict, one.verdict_layer) for one in found].count(("hourglass", 1)) >= 3
 
 
 def test_an_hourglass_of_a_poor_optimum_does_not_survive():
@@ -208,10 +245,18 @@ def test_report_and_dict():
     assert content["counts"][2] == np.bincount(codes[:, 2], minlength=8).tolist()
     assert content["better_optimum"]["num_items"] == 200
     assert content["layers"][1]["entropy"] == found.layers[1].entropy
+    assert content["layers"][1]["parents_mean"] == found.layers[1].parents_mean
+    assert content["layers"][1]["utilisation"] == found.layers[1].used / 8
+    assert content["flows"][1] == found.flows[1].tolist() and content["duplicate_share"] == 0
+    assert np.shape(content["null_bands"]) == (3, 2, 8)
     rows = found.to_markdown().splitlines()
     assert len({row.count("|") for row in rows[:5]}) == 1
     assert [row.split("|")[1].strip() for row in rows[2:5]] == ["a (0)", "b (1)", "c (2)"]
     assert f"{content['unique_sids']} unique SIDs" in str(found)
+    flow = rows[6:10]
+    assert [row.split("|")[1].strip() for row in flow[2:]] == ["b (1)", "c (2)"]
+    assert len({row.count("|") for row in flow}) == 1
+    assert "| layer | codes after" not in diagnose(codes[:, :1], [8]).to_markdown()
 
 
 def test_does_not_change_its_input_and_takes_one_item():
@@ -260,3 +305,130 @@ def test_an_hourglass_has_a_waist(powers, verdict):
     found = diagnose(codes, [64] * 3)
     assert found.hourglass_score < -0.02
     assert found.verdict == verdict
+
+
+# Chance: what uniform codes show in a sample of these items
+
+
+def heavy_tailed(random, kind, num_items):
+    return {
+        "lognormal": lambda: random.lognormal(sigma=2, size=num_items),
+        "pareto": lambda: random.pareto(0.8, num_items) + 1,
+        "one purchase each, a bestseller": lambda: np.append(np.ones(num_items - 1), 5 * num_items),
+        "mostly none": lambda: np.maximum(random.poisson(0.5, num_items), np.arange(num_items) == 0),
+    }[kind]()
+
+
+@pytest.mark.parametrize("num_items", [10, 30, 100, 1000])
+@pytest.mark.parametrize("kind", ["lognormal", "pareto", "one purchase each, a bestseller", "mostly none"])
+def test_uniform_codes_of_few_heavy_items_are_no_hourglass(kind, num_items):
+    verdicts = []
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        codes = random.integers(0, 16, (num_items, 3))
+        verdicts.append(diagnose(codes, [16] * 3, heavy_tailed(random, kind, num_items)).verdict)
+    assert verdicts.count("hourglass") <= 2
+
+
+def test_a_waist_is_found_under_heavy_weights_and_in_few_items():
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (5000, 3))
+    codes[random.random(5000) < 0.8, 1] = 0
+    assert diagnose(codes, [16] * 3, random.lognormal(sigma=2, size=5000)).verdict == "hourglass"
+    few = np.stack([np.arange(16), np.zeros(16, dtype=int), np.arange(16)], axis=1)
+    assert diagnose(few, [16] * 3).verdict == "hourglass"
+
+
+def test_the_weights_decide_the_verdict():
+    """Even by items, but what is bought has one middle code."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (8000, 3))
+    assert diagnose(codes, [16] * 3).verdict == "none"
+    found = diagnose(codes, [16] * 3, np.where(codes[:, 1] == 3, 50, 1))
+    assert (found.verdict, found.verdict_layer) == ("hourglass", 1)
+
+
+@pytest.mark.parametrize("kind", ["equal", "lognormal", "pareto"])
+def test_simulated_samples_look_like_sampled_codes(kind):
+    """Against drawing a code for every item, for more items than are drawn one by one."""
+    random = np.random.default_rng(0)
+    num_items, size = 3 * HEAVIEST, 64
+    weights = np.full(num_items, 2.5) if kind == "equal" else heavy_tailed(random, kind, num_items)
+    evenness, band = simulate_uniform(random, weights, size)
+    drawn, descending = [], []
+    for _ in range(NULL_SAMPLES):
+        counts = np.bincount(random.integers(0, size, num_items), weights, size)
+        drawn.append(scipy_entropy(counts, base=size))
+        descending.append(np.sort(counts)[::-1])
+    # the means of 200 samples each, and the spreads, which differ from each other by chance by about a tenth
+    assert evenness.mean() == pytest.approx(np.mean(drawn), abs=0.5 * np.std(drawn))
+    assert evenness.std() == pytest.approx(np.std(drawn), rel=0.3)
+    middle = np.median(descending, axis=0)
+    assert band.shape == (2, size) and (band[0] <= middle).all() and (middle <= band[1]).all()
+    assert band.mean(0).sum() == pytest.approx(weights.sum(), rel=0.05)
+
+
+def test_a_pruned_layer_is_compared_with_samples_of_the_items_that_have_a_code():
+    """Forty codes that are left of ten thousand are uneven by chance, which the ten thousand are not."""
+    hits = 0
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        codes = random.integers(0, 64, (10_000, 3))
+        codes[40:, 1] = -1
+        hits += diagnose(codes, [64] * 3).verdict == "hourglass"
+    assert hits <= 1
+
+
+# Embeddings
+
+
+def test_a_large_catalog_is_fitted_on_a_sample_and_encoded_whole(tmp_path, monkeypatch):
+    points = np.random.default_rng(0).standard_normal((5000, 4)).astype(np.float32)
+    np.save(tmp_path / "points.npy", points)
+    fitted, fit = [], ResidualQuantizer.fit
+    monkeypatch.setattr(ResidualQuantizer, "fit", lambda self, rows: fitted.append(len(rows)) or fit(self, rows))
+    codes = np.random.default_rng(1).integers(0, 16, (5000, 3))
+    mapped = np.load(tmp_path / "points.npy", mmap_mode="r")
+    found = [
+        diagnose(codes, [16] * 3, embeddings=given).better_optimum
+        for given in (points, mapped, str(tmp_path / "points.npy"), torch.from_numpy(points))
+    ]
+    assert fitted == [16 * refit_module.ROWS_PER_CODE] * 4
+    assert found[0].num_items == 5000
+    assert all(one.to_dict() == found[0].to_dict() for one in found[1:])
+    other = diagnose(codes, [16] * 3, embeddings=points, seed=1).better_optimum
+    assert other.counts[0].tolist() != found[0].counts[0].tolist()
+    assert (np.load(tmp_path / "points.npy") == points).all()
+
+
+def test_the_sample_is_of_all_rows(monkeypatch):
+    monkeypatch.setattr(refit_module, "ROWS_PER_CODE", 10)
+    seen, fit = [], ResidualQuantizer.fit
+    monkeypatch.setattr(
+        ResidualQuantizer, "fit", lambda self, rows: seen.extend(rows[:, 0].tolist()) or fit(self, rows)
+    )
+    points = np.stack([np.arange(40_000), np.zeros(40_000)], axis=1).astype(np.float32)  # more than one chunk
+    quantizer, codes = refit_module.refit(EmbeddingReader(points), ResidualQuantizerConfig(codebook_sizes=[20, 20]))
+    assert len(set(seen)) == len(seen) == 200 and seen == sorted(seen)
+    assert min(seen) < 2000 and max(seen) > 38_000  # missed with a probability below 1e-4 each
+    assert (codes == quantizer.encode(points)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_duplicates_by_hand(dtype):
+    points = np.random.default_rng(0).standard_normal((20_000, 3)).astype(dtype)
+    points[:, 0] = np.arange(20_000) % 1000  # distinct even where float16 rounds the rest alike
+    points[:, 1] = np.arange(20_000) // 1000
+    assert refit_module.duplicate_share(EmbeddingReader(points)) == 0
+    points[[7, 19_999]] = points[18_000]  # three alike, in two chunks
+    points[30], points[31] = [1, 0, 0.5], [1, -0.0, 0.5]  # equal numbers
+    points[40], points[41] = [1, 0.5, 0], [0.5, 1, 0]  # other order
+    assert refit_module.duplicate_share(EmbeddingReader(points)) == 5 / 20_000
+    assert (
+        "5 items share their embedding" in diagnose(np.zeros((20_000, 1), dtype=int), [2], embeddings=points).summary()
+    )
+
+
+def test_all_items_alike():
+    points = np.ones((64, 4), dtype=np.float32)
+    assert refit_module.duplicate_share(EmbeddingReader(points)) == 1

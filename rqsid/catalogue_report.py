@@ -1,0 +1,350 @@
+"""The report of `rqsid diagnose`: is there an hourglass, does better training remove it, what would remedies cost?"""
+
+import os
+from pathlib import Path
+
+from .catalogue_files import align_codes, read_codes, read_product_ids, read_purchases
+from .sid_tokenizer import ResidualQuantizerConfig, TokenPruning, diagnose
+from .sid_tokenizer.checks import check_codes
+from .sid_tokenizer.embeddings import EmbeddingReader
+from .sid_tokenizer.figures import plot_flow, plot_layers
+from .sid_tokenizer.files import replace_atomically, write_json
+from .sid_tokenizer.refit import ROWS_PER_CODE, duplicate_share, refit
+
+REMEDIES = (
+    ("prune 1 token", {"strategy": "top_k", "top_k": 1}),
+    ("prune p = .1", {"strategy": "threshold", "threshold": 0.1}),
+    ("prune p = .25", {"strategy": "threshold", "threshold": 0.25}),
+    ("prune p = .5", {"strategy": "threshold", "threshold": 0.5}),
+    ("drop the layer", {"strategy": "drop_layer"}),
+)
+
+
+def report_catalogue(
+    embeddings=None,
+    codes=None,
+    codebook_sizes=None,
+    purchases=None,
+    product_ids=None,
+    id_column="product_id",
+    count_column=None,
+    output_dir="diagnosis",
+    seed=0,
+    say=lambda line: None,
+):
+    """
+    Diagnoses a catalog and writes `report.md`, `report.json` and, if matplotlib is there, `layers` and `flow` as `.png`
+    and `.svg`.
+
+    Args:
+        embeddings (`str`, *optional*):
+            A `.npy` or `.safetensors` file, or a folder of safetensors shards.
+        codes (`str`, *optional*):
+            The codes in use, see [`read_codes`]. At least one of `embeddings` and `codes` is needed. Without codes,
+            plain k-means is fitted to have something to compare.
+        codebook_sizes (`list[int]`, *optional*):
+            Codes of each layer; `[256, 256, 256]` if there are no `codes`.
+        purchases (`str`, *optional*):
+            See [`read_purchases`].
+        product_ids (`str`, *optional*):
+            See [`read_product_ids`].
+        id_column (`str`, *optional*, defaults to `"product_id"`):
+            The column of the product ids in all files.
+        count_column (`str`, *optional*):
+            The column of the counts in `purchases`.
+        output_dir (`str`, *optional*, defaults to `"diagnosis"`):
+            Folder of the report; made if it does not exist.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of samples and fits.
+        say (`callable`, *optional*):
+            Called with a line on what is going on.
+
+    Returns:
+        `str`: verdict, recommendation and where the report lies.
+
+    Raises:
+        `ValueError`, `TypeError`: if a file is missing, cannot be read or does not fit the others.
+    """
+    # 1. read, and refuse what does not fit before anything long is begun
+    if embeddings is None and codes is None:
+        raise ValueError("Nothing to diagnose: pass --embeddings, --codes or both.")
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"{output_dir} is a file. Pass the name of a folder as --output_dir.")
+    reader = None if embeddings is None else EmbeddingReader(embeddings)
+    given, code_ids = (None, None) if codes is None else read_codes(codes, id_column)
+    if codebook_sizes is None and given is not None:
+        raise ValueError(
+            f"--codes needs --codebook_sizes, because the largest codes in use, {given.max(0).tolist()}, need not be the "
+            f"last ones. Perhaps: --codebook_sizes {' '.join(str(1 << int(code).bit_length()) for code in given.max(0))}"
+        )
+    sizes = [256, 256, 256] if codebook_sizes is None else list(codebook_sizes)
+    config = ResidualQuantizerConfig(codebook_sizes=sizes, preset="fast", seed=seed)  # also checks the sizes
+    if given is not None:
+        check_codes(given, sizes)
+    ids = code_ids
+    if product_ids is not None or (embeddings and any(Path(embeddings).glob("product_ids-*.parquet"))):
+        ids = read_product_ids(product_ids or embeddings, id_column)
+        if given is not None and code_ids is not None:
+            given = align_codes(given, code_ids, ids, codes)
+    num_items = len(given) if reader is None else reader.num_rows
+    for name, things in (("codes", given), ("product ids", ids)):
+        if things is not None and len(things) != num_items:
+            raise ValueError(f"{len(things)} {name} for {num_items} products: pass one for each, in the same order.")
+    if reader is not None and num_items < max(sizes):
+        raise ValueError(
+            f"{num_items} embeddings cannot fill a codebook of {max(sizes)} codes. Pass more embeddings, or smaller "
+            "--codebook_sizes."
+        )
+    weights, unknown = None, None
+    if purchases is not None:
+        if ids is None:
+            raise ValueError("--purchases needs the ids of the products: pass --product_ids, or --codes with ids.")
+        weights, unknown = read_purchases(purchases, ids, id_column, count_column)
+
+    # 2. fit what is not given, and measure
+    if given is None:
+        say(f"fitting {sizes} codes plainly to {num_items} embeddings")
+        plain = ResidualQuantizerConfig(
+            codebook_sizes=sizes, relocation_threshold=0, init="random", preset="fast", seed=seed
+        )
+        shown, label = refit(reader, plain, seed)[1], "plain"
+    else:
+        shown, label = given, "your codes"
+    better = None
+    if reader is not None:
+        say(f"fitting {sizes} codes with better training")
+        better = refit(reader, config, seed)[1]
+    say("measuring")
+    by_items = _compare(shown, better, sizes, None)
+    by_purchases = None if weights is None else _compare(shown, better, sizes, weights)
+    duplicates = None if reader is None else duplicate_share(reader)
+    by_items.duplicate_share = duplicates
+
+    # 3. remedies, on the codes that one would go on with: one's own, or else the better ones
+    kept, kept_name = (shown, label) if better is None or given is not None else (better, "better training")
+    measured = by_items if kept is shown else by_items.better_optimum
+    layer = _layer_to_treat(measured)
+    remedies = [] if layer is None else _try_remedies(kept, sizes, weights, measured, layer, say)
+    verdict, recommendation = _say_verdict(by_items, label), _recommend(by_items, measured, kept_name, remedies)
+    if by_purchases is not None:
+        verdict += f" Weighted by purchases: {_name_verdict(by_purchases)}"
+        verdict += (
+            f" ({_name_verdict(by_purchases.better_optimum)} after better training)." if better is not None else "."
+        )
+
+    # 4. write, the report itself last
+    say("writing")
+    os.makedirs(output_dir, exist_ok=True)
+    drawn = {label: by_items} | ({} if better is None else {"better training": by_items.better_optimum})
+    try:
+        for suffix in ("png", "svg"):
+            plot_layers(drawn, os.path.join(output_dir, f"layers.{suffix}"))
+            if len(sizes) > 1:
+                plot_flow(drawn, os.path.join(output_dir, f"flow.{suffix}"))
+        figures = "![Codes by frequency](layers.png)" + (
+            "\n\n![Flow between layers](flow.png)" if len(sizes) > 1 else ""
+        )
+    except ImportError as error:
+        figures = f"No figures: {error}"
+    content = {
+        "verdict": verdict,
+        "recommendation": recommendation,
+        "label": label,
+        "num_items": num_items,
+        "codebook_sizes": sizes,
+        "seed": seed,
+        "unknown_purchases": unknown,
+        "by_items": by_items.to_dict(),
+        "by_purchases": None if by_purchases is None else by_purchases.to_dict(),
+        "layer_to_treat": layer,
+        "remedies_of": kept_name,
+        "remedies": remedies,
+    }
+    write_json(os.path.join(output_dir, "report.json"), content)
+    report_path = os.path.join(output_dir, "report.md")
+    with replace_atomically(report_path) as temporary:
+        text = _write(
+            verdict, by_items, by_purchases, label, unknown, figures, kept_name, layer, remedies, recommendation
+        )
+        Path(temporary).write_text(text, encoding="utf-8")
+    without = "" if figures.startswith("!") else f"\n\n{figures}"
+    return f"{verdict}\n\n{recommendation}{without}\n\nReport: {report_path}"
+
+
+def _compare(shown, better, sizes, weights):
+    diagnosis = diagnose(shown, sizes, weights)
+    if better is not None:
+        diagnosis.better_optimum = diagnose(better, sizes, weights)
+    return diagnosis
+
+
+def _layer_to_treat(measured):
+    """The layer with the hourglass, or else the least balanced middle one; `None` if there is none that can be pruned."""
+    if measured.verdict == "hourglass":
+        return measured.verdict_layer
+    middle = measured.layers[1:-1]
+    return min(middle, key=lambda layer: layer.normalized_entropy).layer if middle else None
+
+
+def _try_remedies(codes, sizes, weights, unpruned, layer, say):
+    rows = [_remedy_row("nothing", None, 0, unpruned, None if weights is None else diagnose(codes, sizes, weights))]
+    for name, arguments in REMEDIES:
+        if sizes[layer] == 1 and arguments["strategy"] == "top_k":
+            continue  # the only code of a layer: that is dropping it
+        say(f"trying: {name}")
+        pruning = TokenPruning(layer=layer, **arguments).fit(codes, sizes)
+        pruned = pruning.apply(codes)
+        diagnosis = diagnose(pruned, sizes)
+        weighted = None if weights is None else diagnose(pruned, sizes, weights)
+        written = ", ".join(f"{key}={value!r}" for key, value in {"layer": layer, **arguments}.items())
+        call = f"TokenPruning({written}).fit(codes, {sizes}).apply(codes)"
+        rows.append(_remedy_row(name, call, pruning.num_pruned, diagnosis, weighted))
+    return rows
+
+
+def _remedy_row(name, call, num_pruned, diagnosis, weighted):
+    return {
+        "remedy": name,
+        "call": call,
+        "tokens_pruned": num_pruned,
+        "unique_sids": diagnosis.unique_sids,
+        "collision_rate": diagnosis.collision_rate,
+        "largest_group": diagnosis.largest_group,
+        "mean_length": diagnosis.mean_length,
+        "recall_ceiling": {str(k): value for k, value in diagnosis.recall_ceiling.items()},
+        "recall_ceiling_by_purchases": weighted and {str(k): value for k, value in weighted.recall_ceiling.items()},
+    }
+
+
+def _name_verdict(diagnosis):
+    if diagnosis.verdict == "none":
+        return "none"
+    return f"{diagnosis.verdict} in layer {diagnosis.layers[diagnosis.verdict_layer].name}"
+
+
+def _say_verdict(found, label):
+    whose = {"plain": "plainly trained codes", "your codes": "your codes"}[label]
+    if len(found.layers) < 3:
+        return "No verdict: with fewer than three layers there is no middle that could be a waist."
+    if found.verdict == "hourglass":
+        text = f"There is an hourglass in {whose}: layer {found.layers[found.verdict_layer].name} is the waist"
+        if found.better_optimum is None:
+            return text + "; whether better training removes it can only be told with --embeddings."
+        return text + (", and it survives better training." if found.survives else ", but better training removes it.")
+    text = f"There is no hourglass in {whose}" + (
+        "."
+        if found.verdict == "none"
+        else f", but a {found.verdict}: layer {found.layers[found.verdict_layer].name} is the least balanced."
+    )
+    better = found.better_optimum
+    if better is not None and better.verdict == "hourglass":
+        text += (
+            f" Better training brings one out, in layer {better.layers[better.verdict_layer].name}: it lies in the embeddings, "
+            "and poorly trained layers beside it hid it."
+        )
+    elif better is not None and better.verdict != "none":
+        text += f" Better training has a {_name_verdict(better)}."
+    elif better is not None and found.verdict != "none":
+        text += " Better training removes it."
+    return text
+
+
+def _recommend(found, measured, kept_name, remedies):
+    """Honest advice in plain words, from the figures that the report shows."""
+    better, parts = found.better_optimum, []
+    if better is not None and kept_name == "your codes" and better.unique_sids > found.unique_sids:
+        parts.append(
+            f"Better training alone takes the collision rate from {found.collision_rate:.3f} to {better.collision_rate:.3f}, "
+            "with nothing pruned: ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes="
+            f"{[layer.codebook_size for layer in found.layers]})).fit(embeddings)."
+        )
+    if len(found.layers) < 3:
+        parts.append("The remedies here are for the middle of three layers or more.")
+    elif better is not None and better.verdict == "none" and found.verdict != "none":
+        parts.append("Better training removes it: no remedy needed. Use the codes of the better training.")
+    elif (better or found).verdict == "none" and found.verdict == "none":
+        parts.append("Nothing is concentrated: no remedy needed.")
+    elif measured.verdict == "hourglass" or (better is not None and better.verdict == "hourglass"):
+        if better is not None:
+            parts.append("The hourglass is in the embeddings, not in the training.")
+        parts.append(
+            "Pruning exactly one token is lossless, since its absence names it. Every further one merges SIDs that differed "
+            "only in pruned tokens"
+        )
+        harmless = [row["remedy"] for row in remedies[1:] if row["unique_sids"] == remedies[0]["unique_sids"]]
+        costliest = remedies[-1]
+        parts[-1] += (
+            f"; without loss here: {', '.join(harmless) or 'none'}. Dropping the layer would take the collision rate from "
+            f"{remedies[0]['collision_rate']:.3f} to {costliest['collision_rate']:.3f}. Whether shorter SIDs rank better is "
+            "for a trained model to show, at item level and over several seeds: a more even layer alone does not show it."
+        )
+    else:
+        parts.append(
+            "The imbalance is at an end of the SID, not in the middle; pruning a middle layer does not address it, so none "
+            "of the remedies is recommended."
+        )
+    if found.duplicate_share:
+        parts.append(
+            f"{round(found.duplicate_share * found.num_items)} of the {found.num_items} products have the very embedding of "
+            'another. No codebook parts those: embed richer texts, or build the catalog with collisions="suffix".'
+        )
+    return " ".join(parts)
+
+
+def _write(verdict, found, by_purchases, label, unknown, figures, kept_name, layer, remedies, recommendation):
+    lines = ["# Diagnosis", "", verdict, "", f"## {label[0].upper()}{label[1:]}", "", found.to_markdown()]
+    if by_purchases is not None:
+        lines += ["", "By purchases:", "", by_purchases.to_markdown()]
+        if unknown:
+            lines += [
+                "",
+                f"{unknown:.1%} of the purchases name products that are not in the catalog; they are left out.",
+            ]
+    if found.better_optimum is not None:
+        lines += ["", f"## {label[0].upper()}{label[1:]} and better training", ""]
+        lines += _compare_table(found, label)
+        if by_purchases is not None:
+            lines += ["", "By purchases:", "", *_compare_table(by_purchases, label)]
+        fits = "Both fits saw" if label == "plain" else "The better training saw"
+        lines += [
+            "",
+            f"{fits} a random sample of at most {ROWS_PER_CODE} products per code; all products were encoded.",
+        ]
+        lines += ["A fit on all of them may differ a little."]
+    lines += ["", figures]
+    if remedies:
+        name = found.layers[layer].name
+        lines += ["", f"## What remedies would cost, layer {name} of {kept_name}", ""]
+        weighted = remedies[0]["recall_ceiling_by_purchases"] is not None
+        heads = ["remedy", "tokens pruned", "unique SIDs", "collision rate", "largest group", "mean length"]
+        heads += ["ceiling @1", "@10", "@50"] + (["by purchases @1", "@10", "@50"] if weighted else [])
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in remedies:
+            cells = [row["remedy"], row["tokens_pruned"], row["unique_sids"], f"{row['collision_rate']:.4f}"]
+            cells += [row["largest_group"], f"{row['mean_length']:.2f}"]
+            cells += [f"{value:.4f}" for value in row["recall_ceiling"].values()]
+            cells += [f"{value:.4f}" for value in (row["recall_ceiling_by_purchases"] or {}).values()]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines += ["", "The ceiling is the best item-level recall of a model that always ranks the right SID first."]
+        lines += ["", "```python", "from rqsid import TokenPruning", ""]
+        lines += [f"{row['call']}  # {row['remedy']}" for row in remedies if row["call"]]
+        lines += ["```"]
+    lines += ["", "## Recommendation", "", recommendation, ""]
+    return "\n".join(lines)
+
+
+def _compare_table(found, label):
+    pair = [found, found.better_optimum]
+    lines = [f"| | {label} | better training |", "|---|---|---|"]
+    for before, after in zip(found.layers, found.better_optimum.layers, strict=True):
+        for name, form in (("normalized_entropy", ".3f"), ("gini", ".3f"), ("under_used", "d")):
+            title = name.replace("_", " ").replace("normalized", "normalised").replace("gini", "Gini")
+            lines.append(
+                f"| layer {before.name}, {title} | {getattr(before, name):{form}} | {getattr(after, name):{form}} |"
+            )
+    rows = {"unique SIDs": [d.unique_sids for d in pair], "collision rate": [f"{d.collision_rate:.4f}" for d in pair]}
+    rows["largest group"] = [d.largest_group for d in pair]
+    for k in found.recall_ceiling:
+        rows[f"recall ceiling @{k}"] = [f"{d.recall_ceiling[k]:.4f}" for d in pair]
+    rows["verdict"] = [_name_verdict(d) for d in pair]
+    return lines + [f"| {name} | {before} | {after} |" for name, (before, after) in rows.items()]

@@ -1,0 +1,118 @@
+"""The state of a fit between two passes, in one file."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import processes
+
+FILE = "fit.safetensors"
+
+
+class FitCheckpoint:
+    r"""
+    Keeps finished layers and the codebook in progress, so that an interrupted fit goes on from its last full pass.
+
+    The file carries the configuration and a digest of a sample of the embeddings; another fit's file is refused.
+
+    Args:
+        folder (`str` or `os.PathLike` or `None`):
+            Where the file is. With `None` nothing is saved.
+        config ([`ResidualQuantizerConfig`]):
+            Of the fit.
+        dim (`int`): D.
+        num_rows (`int`): N.
+        sample (`torch.Tensor`): Shape: (M, D).
+            What the fit drew from the embeddings.
+        distributed (`bool`):
+            Whether other processes take part; the first one writes.
+
+    Raises:
+        `ValueError`: if the folder has the state of another fit, or cannot be read.
+    """
+
+    def __init__(self, folder, config, dim, num_rows, sample, distributed):
+        self.path = None if folder is None else Path(folder) / FILE
+        self.writes = self.path is not None and (not distributed or processes.is_main())
+        self._tensors, self._state = {}, {"finished": 0}
+        if self.path is None:
+            return
+        arguments = config.to_dict()
+        for ignored in (
+            "transformers_version",
+            "embedding_dim",
+            "architectures",
+            "dtype",
+            "num_beams",
+            "_name_or_path",
+        ):
+            arguments.pop(ignored, None)
+        digest = hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()
+        self.fit = json.dumps([arguments, dim, num_rows, digest], sort_keys=True)
+        if distributed:
+            processes.in_all(lambda: self._load(sample.device))
+        else:
+            self._load(sample.device)
+
+    def layers(self, layer_class):
+        """The finished layers."""
+        return [self._layer(layer_class, index) for index in range(self._state["finished"])]
+
+    def unfinished(self, index):
+        """Iterations done, codebook and prices of the layer in progress; `(0, None, None)` if there is none."""
+        if self._state.get("unfinished") != index:
+            return 0, None, None
+        return self._state["iterations"], self._tensors[f"{index}.codebook"], self._tensors.get(f"{index}.prices")
+
+    def save_unfinished(self, index, iterations, codebook, prices):
+        """Called after each full pass of the layer `index`."""
+        state = {"finished": index, "unfinished": index, "iterations": iterations}
+        self._write({**self._finished(index), **_named(index, codebook=codebook, prices=prices)}, state)
+
+    def save(self, layers):
+        """Called after each layer."""
+        tensors = {}
+        for index, layer in enumerate(layers):
+            tensors |= _named(index, codebook=layer.codebook, prices=layer.prices, scale=layer.scale)
+        self._write(tensors, {"finished": len(layers)})
+
+    def _finished(self, num_layers):
+        return {name: tensor for name, tensor in self._tensors.items() if int(name.split(".")[0]) < num_layers}
+
+    def _layer(self, layer_class, index):
+        return layer_class(*(self._tensors.get(f"{index}.{name}") for name in ("codebook", "prices", "scale")))
+
+    def _write(self, tensors, state):
+        self._tensors, self._state = tensors, state
+        if not self.writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".partial")
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"fit": self.fit, "state": json.dumps(state)})
+        os.replace(temporary, self.path)
+
+    def _load(self, device):
+        if not self.path.is_file():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            same, state = metadata["fit"] == self.fit, json.loads(metadata["state"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read ({error}). Delete it to fit from the start.") from error
+        if not same:
+            raise ValueError(
+                f"{self.path} is the state of a fit of other embeddings or with another configuration. Go on with those, "
+                "delete it, or pass another checkpoint_dir."
+            )
+        self._tensors, self._state = tensors, state
+
+
+def _named(index, **tensors):
+    return {f"{index}.{name}": tensor for name, tensor in tensors.items() if tensor is not None}

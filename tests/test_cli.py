@@ -1,0 +1,277 @@
+"""The command `rqsid diagnose`: what the report says, in which form files may come, and what is refused with which words."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import csv, parquet
+from safetensors.numpy import save_file
+
+from rqsid import TokenPruning, catalogue_report, diagnose
+from rqsid.cli import main
+from rqsid.sid_tokenizer import figures
+
+NUM_ITEMS, SIZES = 1500, [16, 16, 16]
+IDS = [f"{row:05d}" for row in range(NUM_ITEMS)]
+FIGURES = {"layers.png", "layers.svg", "flow.png", "flow.svg"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A catalog with neither waist nor end, codes of it with a waist, and purchases, in all forms that are read."""
+    folder, random = tmp_path_factory.mktemp("catalog"), np.random.default_rng(0)
+    points = random.standard_normal((NUM_ITEMS, 6)).astype(np.float32)
+    codes = random.integers(0, 16, (NUM_ITEMS, 3)).astype(np.uint8)
+    codes[:, 1] = np.where(random.random(NUM_ITEMS) < 0.7, codes[:, 1] % 2, codes[:, 1])
+    np.save(folder / "points.npy", points)
+    (folder / "shards").mkdir()
+    for shard, rows in enumerate((slice(0, 700), slice(700, None))):
+        save_file({"embeddings": points[rows]}, folder / "shards" / f"embeddings-{shard:05d}.safetensors")
+        table = pyarrow.table({"product_id": IDS[rows]})
+        parquet.write_table(table, folder / "shards" / f"product_ids-{shard:05d}.parquet")
+    np.save(folder / "codes.npy", codes)
+    shuffled = random.permutation(NUM_ITEMS)
+    lists = pyarrow.array(codes[shuffled].tolist())
+    table = pyarrow.table({"product_id": [IDS[row] for row in shuffled], "codes": lists})
+    parquet.write_table(table, folder / "shuffled.parquet")
+    parquet.write_table(
+        pyarrow.table({"a": codes[:, 0], "product_id": IDS, "b": codes[:, 1], "c": codes[:, 2]}),
+        folder / "columns.parquet",
+    )
+    (folder / "ids.txt").write_text("\n".join(IDS) + "\n")
+    counts = random.integers(0, 5, NUM_ITEMS)
+    purchases = pyarrow.table({"product_id": [*IDS, "gone"], "count": [*counts.tolist(), int(counts.sum()) // 3]})
+    parquet.write_table(purchases, folder / "purchases.parquet")
+    csv.write_csv(purchases, folder / "purchases.csv")
+    singles = pyarrow.table({"product_id": np.repeat([*IDS, "gone"], [*counts, counts.sum() // 3])})
+    parquet.write_table(singles, folder / "singles.parquet")
+    np.save(folder / "counts.npy", counts)
+    return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """They take longest, and have tests of their own."""
+    monkeypatch.setattr(catalogue_report, "plot_layers", lambda diagnoses, path: None)
+    monkeypatch.setattr(catalogue_report, "plot_flow", lambda diagnoses, path: None)
+
+
+def run(output, **options):
+    """Runs the command; returns its exit status and the report, as JSON and as text."""
+    arguments = ["diagnose", "--output_dir", str(output)]
+    for name, value in options.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    status = main(arguments)
+    if status:
+        return status, None, None
+    return status, json.loads((output / "report.json").read_text()), (output / "report.md").read_text()
+
+
+def test_embeddings_alone(folder, tmp_path, capsys):
+    _, found, text = run(tmp_path / "new" / "folder", embeddings=folder / "points.npy", codebook_sizes=SIZES)
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FIGURES | {"report.md", "report.json"}
+    assert found["label"] == "plain" and found["remedies_of"] == "better training"
+    printed = capsys.readouterr()
+    assert (
+        found["verdict"] in printed.out and found["recommendation"] in printed.out and "Traceback" not in printed.err
+    )
+    assert text.splitlines()[2] == found["verdict"] and text.rstrip().endswith(found["recommendation"])
+    # the order of what is said
+    parts = ["| layer | entropy", "| | plain | better training |", "| remedy |", "```python", "## Recommendation"]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+    assert found["by_items"]["verdict"] == "none" and "no remedy needed" in found["recommendation"]
+
+
+def test_codes_of_ones_own_against_better_training(folder, tmp_path):
+    _, found, text = run(tmp_path, embeddings=folder / "points.npy", codes=folder / "codes.npy", codebook_sizes=SIZES)
+    assert found["verdict"].startswith("There is an hourglass in your codes: layer b (1) is the waist")
+    assert "better training removes it" in found["verdict"] and "no remedy needed" in found["recommendation"]
+    codes = np.load(folder / "codes.npy").astype(int)
+    assert found["layer_to_treat"] == 1 and len(found["remedies"]) == 6
+    for row in found["remedies"][1:]:
+        # the line that the report gives does what the table says
+        assert row["call"] in text
+        pruned = eval(row["call"], {"TokenPruning": TokenPruning, "codes": codes})
+        expected = diagnose(pruned, SIZES)
+        assert (row["unique_sids"], row["largest_group"]) == (expected.unique_sids, expected.largest_group)
+        assert row["tokens_pruned"] == len(set(codes[pruned[:, 1] < 0, 1]))
+        assert row["recall_ceiling"] == {str(k): value for k, value in expected.recall_ceiling.items()}
+        assert row["mean_length"] == pytest.approx((pruned >= 0).sum() / NUM_ITEMS)
+    nothing, one, *_, dropped = found["remedies"]
+    assert one["unique_sids"] == nothing["unique_sids"] == len(np.unique(codes, axis=0)) > dropped["unique_sids"]
+
+
+def test_an_hourglass_that_survives(tmp_path, no_figures):
+    """Tight clusters, of whose items a minority carries one of a few shared offsets."""
+    random = np.random.default_rng(0)
+    centres, offsets = (random.standard_normal((64, 32)) for _ in range(2))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    offsets *= 0.5 / np.linalg.norm(offsets, axis=1, keepdims=True)
+    points = centres[random.integers(0, 64, 12_000)]
+    chosen = random.random(12_000) < 0.2
+    points[chosen] += offsets[random.integers(0, 63, chosen.sum())]
+    points += 0.05 / np.sqrt(32) * random.standard_normal((12_000, 32))
+    points[:3] = points[3]
+    np.save(tmp_path / "points.npy", points.astype(np.float32))
+    _, found, _ = run(tmp_path / "out", embeddings=tmp_path / "points.npy", codebook_sizes=[64, 64, 64])
+    better = found["by_items"]["better_optimum"]
+    assert (better["verdict"], better["verdict_layer"], found["layer_to_treat"]) == ("hourglass", 1, 1)
+    assert "in the embeddings, not in the training" in found["recommendation"]
+    assert "exactly one token is lossless" in found["recommendation"]
+    assert "4 of the 12000 products have the very embedding of another" in found["recommendation"]
+
+
+@pytest.mark.parametrize("ids", ["shards", "codes", "text"])
+@pytest.mark.parametrize("log", ["purchases.parquet", "purchases.csv", "singles.parquet"])
+def test_purchases_weigh_by_interactions(folder, tmp_path, no_figures, ids, log):
+    options = {"purchases": folder / log, "codebook_sizes": SIZES, "codes": folder / "columns.parquet"}
+    options |= {"embeddings": folder / "shards"} if ids == "shards" else {}
+    options |= {"product_ids": folder / "ids.txt", "codes": folder / "codes.npy"} if ids == "text" else {}
+    _, found, text = run(tmp_path, **options)
+    weights = np.load(folder / "counts.npy")
+    expected = diagnose(np.load(folder / "codes.npy"), SIZES, weights)
+    assert found["by_purchases"]["counts"] == [counts.tolist() for counts in expected.counts]
+    assert found["by_items"]["counts"] != found["by_purchases"]["counts"]
+    ceiling = found["remedies"][0]["recall_ceiling_by_purchases"]
+    assert ceiling == {str(k): value for k, value in expected.recall_ceiling.items()}
+    extra = weights.sum() // 3
+    assert found["unknown_purchases"] == pytest.approx(extra / (extra + weights.sum()))
+    assert "25.0% of the purchases name products that are not in the catalog" in text
+    assert "Weighted by purchases: hourglass in layer b (1)" in found["verdict"]
+    assert ("--embeddings" in found["verdict"]) == (ids != "shards")  # nothing can be said about better training
+
+
+def test_codes_are_put_into_the_order_of_the_embeddings(folder, tmp_path, no_figures):
+    options = {"embeddings": folder / "shards", "codebook_sizes": SIZES, "purchases": folder / "purchases.csv"}
+    _, found, _ = run(tmp_path, codes=folder / "shuffled.parquet", **options)
+    _, same, _ = run(tmp_path, codes=folder / "columns.parquet", **options)
+    assert found == same
+
+
+@pytest.mark.parametrize("sizes", [[16], [16, 16], [16, 1, 16], [4, 4, 4, 4]])
+def test_other_numbers_of_layers(folder, tmp_path, sizes):
+    _, found, text = run(tmp_path, embeddings=folder / "points.npy", codebook_sizes=sizes)
+    assert len(found["by_items"]["layers"]) == len(sizes)
+    assert ("remedy" in text) == (len(sizes) > 2) or "No verdict" in found["verdict"]
+    assert (tmp_path / "flow.png").exists() == (len(sizes) > 1)
+
+
+def test_without_matplotlib_the_report_says_so(folder, tmp_path, monkeypatch, capsys):
+    class Importer:
+        def import_module(name):
+            raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(figures, "importlib", Importer)
+    _, _, text = run(tmp_path, codes=folder / "codes.npy", codebook_sizes=SIZES)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json"}
+    assert "pip install 'rqsid[plots]'" in text and "pip install 'rqsid[plots]'" in capsys.readouterr().out
+
+
+def test_the_same_again(folder, tmp_path):
+    options = {"embeddings": folder / "points.npy", "codebook_sizes": SIZES}
+    _, first, _ = run(tmp_path, **options)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    _, second, _ = run(tmp_path, **options)
+    assert first == second and files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_the_seed_counts(folder, tmp_path, no_figures):
+    options = {"embeddings": folder / "points.npy", "codebook_sizes": SIZES}
+    _, first, _ = run(tmp_path, **options)
+    _, other, _ = run(tmp_path, seed=1, **options)
+    assert other["by_items"]["counts"] != first["by_items"]["counts"]
+
+
+def write(folder, name, **columns):
+    parquet.write_table(pyarrow.table(columns), folder / name)
+
+
+@pytest.fixture(scope="module")
+def wrong(folder, tmp_path_factory):
+    """Files that must be refused, beside the right ones."""
+    wrong = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(folder, wrong, dirs_exist_ok=True)
+    codes = np.load(folder / "codes.npy").astype(int)
+    np.save(wrong / "short.npy", codes[1:])
+    np.save(wrong / "floats.npy", codes / 1)
+    np.save(wrong / "pruned.npy", np.where(codes == codes[7, 1], -1, codes))
+    write(wrong, "ragged.parquet", codes=pyarrow.array([[1, 2], [3]] * (NUM_ITEMS // 2)))
+    write(wrong, "named.parquet", product_id=IDS, a=codes[:, 0], title=IDS)
+    write(wrong, "others.parquet", product_id=["x" + i for i in IDS], codes=pyarrow.array(codes.tolist()))
+    write(wrong, "twice.parquet", product_id=[*IDS[:-1], IDS[0]])
+    write(wrong, "holes.parquet", product_id=[*IDS[:-1], None])
+    write(wrong, "unknown.parquet", product_id=["x", "y"])
+    write(wrong, "negative.parquet", product_id=IDS[:2], count=[1, -2])
+    write(wrong, "words.parquet", product_id=IDS[:2], count=["one", "two"])
+    write(wrong, "renamed.parquet", item=IDS[:2])
+    (wrong / "broken.parquet").write_text("hello")
+    (wrong / "broken.npy").write_text("hello")
+    (wrong / "a_file").write_text("")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "pass --embeddings, --codes or both"),
+        ({"embeddings": "none.npy"}, "There is no file or folder"),
+        ({"embeddings": "points.npy", "codes": "none.npy"}, "There is no file .*none.npy"),
+        ({"codes": "codes.npy", "codebook_sizes": None}, "Perhaps: --codebook_sizes 16 16 16"),
+        ({"codes": "codes.npy", "codebook_sizes": [16, 16]}, "one column per layer"),
+        ({"codes": "codes.npy", "codebook_sizes": [8, 16, 16]}, "Layer 0 holds the code 15"),
+        ({"embeddings": "points.npy", "codes": "short.npy"}, "1499 codes for 1500 products"),
+        ({"codes": "floats.npy"}, "float64 of shape"),
+        ({"codes": "pruned.npy"}, "holds the code -1 in row .*unpruned"),
+        ({"codes": "ragged.parquet"}, r"lengths \[2, 1\]"),
+        ({"codes": "named.parquet"}, "Column 'title' of .* holds string"),
+        ({"codes": "broken.parquet"}, "not a readable .parquet"),
+        ({"codes": "broken.npy"}, "not a readable .npy"),
+        ({"codes": "purchases.csv"}, "must end in .parquet or .npy"),
+        ({"embeddings": "shards", "codes": "others.parquet"}, "1500 have no codes"),
+        ({"embeddings": "points.npy", "product_ids": "twice.parquet"}, "more than once, for instance '00000'"),
+        ({"embeddings": "points.npy", "product_ids": "holes.parquet"}, "empty in 1 rows"),
+        ({"embeddings": "points.npy", "product_ids": "unknown.parquet"}, "2 product ids for 1500 products"),
+        ({"embeddings": "points.npy", "product_ids": "points.npy"}, "must end in .parquet or .csv or .txt"),
+        ({"embeddings": "points.npy", "purchases": "purchases.csv"}, "needs the ids of the products"),
+        ({"embeddings": "shards", "purchases": "unknown.parquet"}, "None of the 2 rows .*'x'.*'00000'"),
+        ({"embeddings": "shards", "purchases": "negative.parquet"}, "count -2.0 in row 1"),
+        ({"embeddings": "shards", "purchases": "words.parquet"}, "counts must be numbers"),
+        ({"embeddings": "shards", "purchases": "renamed.parquet"}, r"no column 'product_id', only \['item'\]"),
+        ({"embeddings": "shards", "purchases": "singles.parquet", "count_column": "n"}, "no column 'n'"),
+        ({"embeddings": "points.npy", "codebook_sizes": [4000]}, "cannot fill a codebook of 4000"),
+        ({"embeddings": "points.npy", "codebook_sizes": [0]}, "at least one code"),
+        ({"embeddings": "points.npy", "output_dir": "a_file"}, "is a file"),
+    ],
+)
+def test_bad_input_is_explained_in_a_line(wrong, tmp_path, capsys, options, message):
+    files = {"embeddings", "codes", "product_ids", "purchases", "output_dir"}
+    options = {"codebook_sizes": SIZES, "output_dir": tmp_path / "out"} | options
+    arguments = ["diagnose"]
+    for name, value in options.items():
+        if value is not None:
+            value = wrong / value if name in files else value
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("rqsid diagnose: error: ") and re.search(message, line), line
+    assert not printed.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, expected", [(["--help"], "diagnose"), (["diagnose", "--help"], "rqsid diagnose --embeddings")]
+)
+def test_help(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0 and expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["diagnose", "--codebook_sizes", "many"]])
+def test_what_argparse_refuses(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: rqsid" in capsys.readouterr().err
