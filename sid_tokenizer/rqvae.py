@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check_codes
 from .embeddings import EmbeddingReader
-from .kmeans import nearest_codes
+from .residual_kmeans import Layer, assign_, beam_codes
 from .rqvae_training import data_parallel, train
 
 CHUNK_ROWS = 16384
@@ -63,6 +63,13 @@ class RQVAEConfig(PreTrainedConfig):
         input_scaling (`str`, *optional*, defaults to `"standardize"`):
             `"standardize"` subtracts the mean and divides by one number, so that the mean variance is 1: embeddings of unit
             norm would otherwise leave hardly any loss to learn from. `"none"` takes them as they are.
+        metric (`str`, *optional*, defaults to `"euclidean"`):
+            `"euclidean"`: the nearest code; or `"cosine"`: the code nearest in direction.
+        normalize_residuals (`bool`, *optional*, defaults to `False`):
+            Whether each layer sees only the direction of what the layers before it left over. The decoder then gets the sum of
+            codes of unit residuals.
+        num_beams (`int`, *optional*, defaults to 1):
+            Beams of `encode`; as in [`ResidualQuantizerConfig`].
         seed (`int`, *optional*, defaults to 0):
             Seed of everything that is drawn.
 
@@ -92,6 +99,9 @@ class RQVAEConfig(PreTrainedConfig):
     sinkhorn_epsilon: float = 0.003
     sinkhorn_iterations: int = 50
     input_scaling: str = "standardize"
+    metric: str = "euclidean"
+    normalize_residuals: bool = False
+    num_beams: int = 1
     seed: int = 0
 
     def __post_init__(self, **kwargs):
@@ -121,13 +131,14 @@ class RQVAEConfig(PreTrainedConfig):
             "init": ("k-means", "random"),
             "input_scaling": ("standardize", "none"),
             "lr_scheduler_type": ("cosine", "constant"),
+            "metric": ("euclidean", "cosine"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown: choose {allowed[0]!r} or {allowed[1]!r}."
                 )
-        for name in ("latent_dim", "num_epochs", "batch_size", "sinkhorn_iterations", "seed"):
+        for name in ("latent_dim", "num_epochs", "batch_size", "sinkhorn_iterations", "num_beams", "seed"):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer, {least} or more.")
@@ -140,8 +151,14 @@ class RQVAEConfig(PreTrainedConfig):
         for name in ("warmup_ratio", "dropout", "revive_threshold"):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number in [0, 1): it is a share.")
-        if not isinstance(self.rotation_trick, bool):
-            raise ValueError(f"rotation_trick={self.rotation_trick!r} must be True or False.")
+        for name in ("rotation_trick", "normalize_residuals"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.num_beams > 1 and (self.metric == "cosine" or self.normalize_residuals):
+            raise ValueError(
+                f"num_beams={self.num_beams} compares squared errors, which metric='cosine' and normalize_residuals do not go "
+                "by. Use num_beams=1 with them."
+            )
         super().__post_init__(**kwargs)
 
 
@@ -367,11 +384,10 @@ class RQVAE(PreTrainedModel):
 
     def _encode_chunk(self, points):
         self.eval()
-        residual, codes = self.latents(points), []
-        for codebook in self.codebooks:
-            codes.append(nearest_codes(residual, codebook.float())[0])
-            residual = residual - codebook[codes[-1]].float()
-        return torch.stack(codes, dim=1)
+        residual, codebooks = self.latents(points), [codebook.float() for codebook in self.codebooks]
+        if self.config.num_beams > 1:
+            return beam_codes(residual, codebooks, self.config.num_beams)
+        return torch.stack([assign_(residual, Layer(codebook), self.config) for codebook in codebooks], dim=1)
 
     def _decode_chunk(self, codes):
         self.eval()

@@ -109,6 +109,8 @@ class TrainingObjective(nn.Module):
             residual, quantized = latent, torch.zeros_like(latent)
             codebook_loss = commitment_loss = 0
             for layer, codebook in enumerate(self.model.codebooks):
+                if config.normalize_residuals:
+                    residual = functional.normalize(residual, dim=1)
                 with torch.no_grad():
                     codes = self._assign(residual.detach(), codebook, layer)
                 codewords = functional.embedding(codes, codebook)
@@ -123,6 +125,8 @@ class TrainingObjective(nn.Module):
 
     def _assign(self, residual, codebook, layer):
         config = self.model.config
+        if config.metric == "cosine":
+            residual, codebook = functional.normalize(residual, dim=1), functional.normalize(codebook, dim=1)
         if layer not in config.sinkhorn_layers:
             return nearest_codes(residual, codebook)[0]
         # Balance is a property of the whole batch, of which each process holds a part of the same size.
@@ -155,8 +159,10 @@ def initialize(model, points):
         if residuals is None:
             codebook.copy_((torch.rand(codebook.shape, generator=generator) * 2 - 1) / len(codebook))
             continue
+        if model.config.normalize_residuals:
+            residuals = functional.normalize(residuals, dim=1)
         codebook.copy_(kmeans(residuals, len(codebook), num_iterations=INIT_ITERATIONS, generator=generator))
-        residuals -= codebook[_assign_in_chunks(residuals, codebook)[0]]
+        residuals -= codebook[_assign_in_chunks(residuals, codebook, model.config)[0]]
 
 
 @torch.no_grad()
@@ -176,7 +182,9 @@ def revive(model, points, states, generator):
     """
     residuals, num_moved = encode_in_chunks(model, points), []
     for codebook, state in zip(model.codebooks, states, strict=True):
-        codes, distances = _assign_in_chunks(residuals, codebook)
+        if model.config.normalize_residuals:
+            residuals = functional.normalize(residuals, dim=1)
+        codes, distances = _assign_in_chunks(residuals, codebook, model.config)
         counts = torch.bincount(codes, minlength=len(codebook)).double()
         errors = torch.zeros_like(counts).index_add_(0, codes, distances.double())
         changed = relocate(codebook, residuals, counts, errors, model.config.revive_threshold, generator)
@@ -184,7 +192,7 @@ def revive(model, points, states, generator):
         for memory in state:
             memory[moved] = memory[split]
         num_moved.append(len(moved))
-        residuals -= codebook[_assign_in_chunks(residuals, codebook)[0]]
+        residuals -= codebook[_assign_in_chunks(residuals, codebook, model.config)[0]]
     return num_moved
 
 
@@ -201,8 +209,13 @@ def encode_in_chunks(model, points):
     return latents
 
 
-def _assign_in_chunks(points, codebook):
-    codes, distances = zip(*(nearest_codes(chunk, codebook) for chunk in points.split(CHUNK_ROWS)), strict=True)
+def _assign_in_chunks(points, codebook, config):
+    cosine = config.metric == "cosine"
+    directions = functional.normalize(codebook, dim=1) if cosine else codebook
+    codes, distances = [], []
+    for chunk in points.split(CHUNK_ROWS):
+        codes.append(nearest_codes(functional.normalize(chunk, dim=1) if cosine else chunk, directions)[0])
+        distances.append((chunk - codebook[codes[-1]]).square().sum(1))
     return torch.cat(codes), torch.cat(distances)
 
 

@@ -178,6 +178,47 @@ def test_options_train(points, model, config):
     assert not torch.equal(other.codebooks[0], model.codebooks[0])
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("normalize_residuals", [False, True])
+def test_metric_and_normalized_residuals_by_hand(points, tmp_path, metric, normalize_residuals):
+    model = fitted(points, metric=metric, normalize_residuals=normalize_residuals, num_epochs=10)
+    model.save_pretrained(tmp_path)
+    model = RQVAE.from_pretrained(tmp_path)
+    codes = model.encode(points)
+    residual, quantized = mlp(model.encoder, (points - model.input_mean.numpy()) / float(model.input_scale)), 0
+    for layer, codebook in enumerate(model.codebooks):
+        codebook = codebook.double().numpy()
+        if normalize_residuals:
+            residual = residual / np.linalg.norm(residual, axis=1, keepdims=True)
+        if metric == "cosine":
+            nearest = (residual @ (codebook / np.linalg.norm(codebook, axis=1, keepdims=True)).T).argmax(1)
+        else:
+            nearest = ((residual[:, None] - codebook[None]) ** 2).sum(-1).argmin(1)
+        assert (codes[:, layer] == nearest).mean() > 0.99  # float32 against float64
+        nearest = codes[:, layer]
+        residual, quantized = residual - codebook[nearest], quantized + codebook[nearest]
+    decoded = mlp(model.decoder, quantized) * float(model.input_scale) + model.input_mean.numpy()
+    np.testing.assert_allclose(model.decode(codes), decoded, atol=1e-4)
+    assert model.relative_error(points) < 0.9 and len(np.unique(codes, axis=0)) > 20
+
+
+def test_beams_find_codes_of_less_error_in_the_latent_space(points, tmp_path):
+    greedy = fitted(points, num_epochs=10)
+    greedy.save_pretrained(tmp_path)
+    beams = RQVAE.from_pretrained(tmp_path, num_beams=400)  # more than the 8 * 6 * 8 paths
+    latents = greedy.latents(torch.tensor(points)).double()
+    paths = torch.cartesian_prod(*(torch.arange(len(codebook)) for codebook in greedy.codebooks))
+    sums = sum(codebook.double()[paths[:, layer]] for layer, codebook in enumerate(greedy.codebooks))
+    best = torch.cdist(latents, sums).square().amin(1)
+
+    def errors(codes):
+        chosen = sum(codebook.double()[codes[:, layer]] for layer, codebook in enumerate(greedy.codebooks))
+        return (latents - chosen).square().sum(1)
+
+    torch.testing.assert_close(errors(beams.encode(points)), best, atol=1e-4, rtol=1e-4)
+    assert errors(greedy.encode(points)).sum() > best.sum() * 1.001
+
+
 def test_fewer_distinct_points_than_codes():
     points = clusters(3)[np.arange(60) % 3]
     model = fitted(points)
