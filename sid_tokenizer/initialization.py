@@ -2,7 +2,8 @@
 
 import torch
 
-from .kmeans import chunk_rows, lloyd
+from .assignment import chunk_rows, nearest_codes
+from .kmeans import lloyd
 
 INITIALIZATIONS = ("random", "k-means++", "staged")
 STAGED_ITERATIONS = 6
@@ -69,7 +70,7 @@ def _staged(points, num_codes, seed, relocation_threshold):
     for stage_dim in sorted({max(1, dim // 12), max(1, dim // 3)}):
         stage = rotated[:, :stage_dim].contiguous()
         narrow, _ = lloyd(
-            lambda stage=stage: stage.split(chunk_rows(num_codes)),
+            lambda stage=stage: stage.split(chunk_rows(num_codes, stage.device)),
             codebook[:, :stage_dim].contiguous(),
             STAGED_ITERATIONS,
             relocation_threshold,
@@ -77,12 +78,10 @@ def _staged(points, num_codes, seed, relocation_threshold):
             seed=seed,
         )
         # In the dimensions that the stage did not see, a code is the mean of its points too.
-        codes = torch.cat([_nearest(rows, narrow) for rows in stage.split(chunk_rows(num_codes))])
+        codes = torch.cat(
+            [nearest_codes(rows, narrow)[0] for rows in stage.split(chunk_rows(num_codes, stage.device))]
+        )
         counts = torch.bincount(codes, minlength=num_codes)[:, None]
         means = torch.zeros_like(codebook).index_add_(0, codes, rotated) / counts.clamp_min(1)
         codebook = torch.where(counts > 0, means, codebook)
     return codebook @ basis.T + mean
-
-
-def _nearest(points, codebook):
-    return torch.addmm(codebook.square().sum(1) / 2, points, codebook.T, beta=-1).argmax(1)

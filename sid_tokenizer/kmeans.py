@@ -2,46 +2,8 @@
 
 import torch
 
+from .assignment import best_codes, chunk_rows, score_offsets
 from .relocation import relocate
-
-MAX_ROWS = 16384
-
-
-def nearest_codes(points, codebook, prices=None):
-    """
-    Assigns each point to its nearest code, argmin over codes of the squared Euclidean distance (plus the code's price).
-
-    Args:
-        points (`torch.Tensor`): Shape: (N, D).
-        codebook (`torch.Tensor`): Shape: (K, D).
-        prices (`torch.Tensor`, *optional*): Shape: (K,).
-            Added to the squared distance to each code before the smallest is taken; see `capacity` in [`lloyd`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: codes of shape (N,) and squared distances, without prices, of shape (N,).
-    """
-    best, codes = torch.addmm(score_offsets(codebook, prices), points, codebook.T, beta=-1).max(1)
-    if prices is not None:
-        best = best + prices[codes] / 2
-    distances = torch.linalg.vector_norm(points, dim=1).square() - 2 * best
-    return codes, distances.clamp_min_(0)
-
-
-def score_offsets(codebook, prices=None):
-    """
-    argmin_k |x - c_k|^2 + p_k = argmax_k x.c_k - o_k with o_k = (|c_k|^2 + p_k) / 2: one matrix product for all scores, no
-    [N, K, D] difference.
-
-    Returns:
-        `torch.Tensor`: o. Shape: (K,).
-    """
-    half_norms = codebook.square().sum(1) / 2
-    return half_norms if prices is None else half_norms + prices / 2
-
-
-def chunk_rows(num_codes):
-    """Rows to assign at a time, so that the [rows, K] scores stay near 16 MB whatever N and K."""
-    return max(1024, min(MAX_ROWS, 2**22 // num_codes))
 
 
 def kmeans(
@@ -72,7 +34,7 @@ def kmeans(
     if seed_points is None:
         seed_points = points[order[:num_codes]]
     return lloyd(
-        lambda: points.split(chunk_rows(num_codes)),
+        lambda: points.split(chunk_rows(num_codes, points.device)),
         seed_points,
         num_iterations,
         relocation_threshold,
@@ -226,7 +188,7 @@ def cluster_sums(chunks, codebook, prices=None):
     counts, squares = (torch.zeros(num_codes, dtype=torch.float64, device=codebook.device) for _ in range(2))
     offsets, columns = score_offsets(codebook, prices), codebook.T
     for chunk in chunks:
-        codes = torch.addmm(offsets, chunk, columns, beta=-1).max(1).indices
+        codes = best_codes(torch.addmm(offsets, chunk, columns, beta=-1))
         # Added up in float32 within a chunk, which is several times faster, in float64 between chunks.
         sums += torch.zeros_like(codebook).index_add_(0, codes, chunk)
         counts += torch.bincount(codes, minlength=num_codes)

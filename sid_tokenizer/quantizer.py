@@ -19,7 +19,7 @@ PRESETS = {
     "fast": {"num_iterations": 5, "sample_per_code": 64, "num_sample_iterations": 15},
 }
 METRICS = ("euclidean", "cosine")
-ENCODE_ROWS = 4096  # small enough that residuals and scores stay in the cache
+ENCODE_ROWS = 2048  # small enough that residuals and scores stay in the cache
 
 
 class ResidualQuantizerConfig(PreTrainedConfig):
@@ -302,16 +302,21 @@ class ResidualQuantizer(PreTrainedModel):
             self._check_out(out, reader.num_rows)
         layers, cosine = self._layers(), self.config.metric == "cosine"
         terms = [assignment_terms(layer, cosine) for layer in layers]
-        parts = []
+        parts, buffer = [], None
         with tqdm(total=reader.num_rows, desc="codes", unit=" rows", disable=not show_progress_bar) as bar:
             for start, chunk in reader.chunks(max(256, ENCODE_ROWS // num_beams)):
                 if num_beams > 1:
                     codes = beam_codes(chunk, [layer.codebook for layer in layers], num_beams)
                 else:
-                    residual = torch.clone(chunk, memory_format=torch.contiguous_format)
+                    # One buffer for all chunks: fresh memory would cost more than the copy.
+                    buffer = (
+                        torch.empty_like(chunk, memory_format=torch.contiguous_format) if buffer is None else buffer
+                    )
+                    residual = buffer[: len(chunk)].copy_(chunk)
                     codes = torch.empty(len(chunk), len(layers), dtype=torch.int32, device=chunk.device)
                     for index, layer in enumerate(layers):
-                        codes[:, index] = assign_(residual, layer, self.config, terms[index])
+                        leaves = index < len(layers) - 1
+                        codes[:, index] = assign_(residual, layer, self.config, terms[index], leaves)
                 if out is not None:
                     out[start : start + len(chunk)] = codes.cpu().numpy()
                 else:

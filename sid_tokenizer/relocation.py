@@ -2,6 +2,8 @@
 
 import torch
 
+from .assignment import chunk_rows, nearest_codes
+
 # Of the cost of giving a code up, the share that splitting another must win back at once. The cost is an upper bound,
 # and the iterations that follow win several times what the split itself wins. Larger values lower the error a little on
 # heavy tails and leave more codes to outliers.
@@ -74,11 +76,11 @@ def _split_directions(codebook, sample, donors, generator):
     num_donors, dim = len(donors), codebook.shape[1]
     slot = torch.full((len(codebook),), -1, device=codebook.device)
     slot[donors] = torch.arange(num_donors, device=codebook.device)
-    half_norms = codebook.square().sum(1) / 2
-    codes = torch.cat([torch.addmm(half_norms, rows, codebook.T, beta=-1).argmax(1) for rows in sample.split(16384)])
+    rows = chunk_rows(len(codebook), sample.device)
+    codes = torch.cat([nearest_codes(chunk, codebook)[0] for chunk in sample.split(rows)])
     members = torch.nonzero(slot[codes] >= 0).flatten()
     owner = slot[codes[members]]
-    centred = sample[members] - codebook[donors][owner]
+    centred = sample.index_select(0, members) - codebook[donors].index_select(0, owner)
     # Alternate members of each donor; the sample is in random order already.
     by_owner = torch.argsort(owner, stable=True)
     fitting = torch.zeros(len(owner), dtype=torch.bool, device=owner.device)
@@ -87,8 +89,8 @@ def _split_directions(codebook, sample, donors, generator):
     direction = torch.randn(num_donors, dim, generator=generator).to(codebook)
     direction = torch.nn.functional.normalize(direction, dim=1)
     fit_points, fit_owner = centred[fitting], owner[fitting]
-    for _ in range(4):  # power iteration on each donor's scatter matrix
-        projections = (fit_points * direction[fit_owner]).sum(1, keepdim=True)
+    for _ in range(3):  # power iteration on each donor's scatter matrix
+        projections = (fit_points * direction.index_select(0, fit_owner)).sum(1, keepdim=True)
         product = torch.zeros_like(direction).index_add_(0, fit_owner, projections * fit_points)
         moved = product.square().sum(1, keepdim=True) > 0
         direction = torch.where(moved, torch.nn.functional.normalize(product, dim=1), direction)

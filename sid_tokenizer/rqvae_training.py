@@ -12,7 +12,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from .kmeans import kmeans, nearest_codes
+from .assignment import nearest_codes
+from .kmeans import kmeans
 from .relocation import relocate
 
 CHUNK_ROWS = 16384

@@ -7,9 +7,10 @@ from transformers import AutoModel
 
 from rqsid import ResidualQuantizer, ResidualQuantizerConfig
 from rqsid.sid_tokenizer import residual_kmeans
+from rqsid.sid_tokenizer.assignment import nearest_codes
 from rqsid.sid_tokenizer.checks import check_codes
 from rqsid.sid_tokenizer.embeddings import CHUNK_ROWS
-from rqsid.sid_tokenizer.kmeans import kmeans, lloyd, nearest_codes
+from rqsid.sid_tokenizer.kmeans import kmeans, lloyd
 from rqsid.sid_tokenizer.relocation import relocate
 
 
