@@ -17,7 +17,7 @@ def initial_codebook(sample, num_codes, init="random", seed=0, relocation_thresh
         num_codes (`int`):
             K.
         init (`str`, *optional*, defaults to `"random"`):
-            - `"random"`: K of the points.
+            - `"random"`: K of the points, no two alike.
             - `"k-means++"`: points drawn one after the other with probability proportional to their squared distance from
               the nearest one drawn so far (Arthur and Vassilvitskii 2007), the best of several candidates each time, from
               at most 16 K points.
@@ -35,7 +35,16 @@ def initial_codebook(sample, num_codes, init="random", seed=0, relocation_thresh
         return _plus_plus(sample[: 16 * num_codes], num_codes, seed)
     if init == "staged":
         return _staged(sample, num_codes, seed, relocation_threshold)
-    return sample[:num_codes].clone()
+    return _distinct_rows(sample[: 4 * num_codes], num_codes)
+
+
+def _distinct_rows(points, num_codes):
+    """The first points that differ from all before them; others too where there are not enough."""
+    _, kinds = torch.unique(points, dim=0, return_inverse=True)
+    order = torch.arange(len(points), device=points.device)
+    first = torch.full_like(order, len(points)).scatter_reduce_(0, kinds, order, "amin")
+    repeats = first[kinds] != order
+    return points[torch.argsort(repeats.int(), stable=True)[:num_codes]]
 
 
 def _plus_plus(points, num_codes, seed):
@@ -66,7 +75,7 @@ def _staged(points, num_codes, seed, relocation_threshold):
     covariance = (points - mean).T @ (points - mean)
     basis = torch.linalg.eigh(covariance.double()).eigenvectors.flip(1).to(points.dtype)
     rotated = (points - mean) @ basis
-    codebook = rotated[:num_codes].clone()
+    codebook = _distinct_rows(rotated[: 4 * num_codes], num_codes)
     for stage_dim in sorted({max(1, dim // 12), max(1, dim // 3)}):
         stage = rotated[:, :stage_dim].contiguous()
         narrow, _ = lloyd(

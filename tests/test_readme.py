@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from safetensors.numpy import save_file
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,6 +34,9 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(snippets) >= 3
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "embeddings").mkdir(parents=True)
+    shard = {"embeddings": random.standard_normal((5000, 8), dtype=np.float32)}
+    save_file(shard, tmp_path / "out" / "embeddings" / "embeddings-00000.safetensors")
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), namespace)
 
