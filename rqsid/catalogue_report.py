@@ -18,6 +18,7 @@ REMEDIES = (
     ("prune p = .5", {"strategy": "threshold", "threshold": 0.5}),
     ("drop the layer", {"strategy": "drop_layer"}),
 )
+FIGURES = tuple(f"{kind}.{suffix}" for kind in ("layers", "flow") for suffix in ("png", "svg"))
 
 
 def report_catalogue(
@@ -49,7 +50,7 @@ def report_catalogue(
         product_ids (`str`, *optional*):
             See [`read_product_ids`].
         id_column (`str`, *optional*, defaults to `"product_id"`):
-            The column of the product ids in all files.
+            The column of the product ids in all files but those of a folder, see [`read_product_ids`].
         count_column (`str`, *optional*):
             The column of the counts in `purchases`.
         output_dir (`str`, *optional*, defaults to `"diagnosis"`):
@@ -70,6 +71,8 @@ def report_catalogue(
         raise ValueError("Nothing to diagnose: pass --embeddings, --codes or both.")
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         raise ValueError(f"{output_dir} is a file. Pass the name of a folder as --output_dir.")
+    if seed < 0:
+        raise ValueError(f"--seed {seed} must be a whole number from 0.")
     reader = None if embeddings is None else EmbeddingReader(embeddings)
     given, code_ids = (None, None) if codes is None else read_codes(codes, id_column)
     if codebook_sizes is None and given is not None:
@@ -100,6 +103,9 @@ def report_catalogue(
         if ids is None:
             raise ValueError("--purchases needs the ids of the products: pass --product_ids, or --codes with ids.")
         weights, unknown = read_purchases(purchases, ids, id_column, count_column)
+    os.makedirs(output_dir, exist_ok=True)
+    if not os.access(output_dir, os.W_OK):
+        raise ValueError(f"Nothing can be written into {output_dir}. Pass another --output_dir.")
 
     # 2. fit what is not given, and measure
     if given is None:
@@ -125,16 +131,19 @@ def report_catalogue(
     measured = by_items if kept is shown else by_items.better_optimum
     layer = _layer_to_treat(measured)
     remedies = [] if layer is None else _try_remedies(kept, sizes, weights, measured, layer, say)
-    verdict, recommendation = _say_verdict(by_items, label), _recommend(by_items, measured, kept_name, remedies)
+    verdict = _say_verdict(by_items, label)
+    recommendation = _recommend(by_items, by_purchases, measured, kept_name, remedies)
     if by_purchases is not None:
         verdict += f" Weighted by purchases: {_name_verdict(by_purchases)}"
         verdict += (
             f" ({_name_verdict(by_purchases.better_optimum)} after better training)." if better is not None else "."
         )
 
-    # 4. write, the report itself last
+    # 4. write, the report itself last; what an earlier one left must not be taken for a part of it
     say("writing")
-    os.makedirs(output_dir, exist_ok=True)
+    report_path = os.path.join(output_dir, "report.md")
+    for name in ("report.md", "report.json", *FIGURES):
+        Path(output_dir, name).unlink(missing_ok=True)
     drawn = {label: by_items} | ({} if better is None else {"better training": by_items.better_optimum})
     try:
         for suffix in ("png", "svg"):
@@ -146,6 +155,18 @@ def report_catalogue(
         )
     except ImportError as error:
         figures = f"No figures: {error}"
+    rows_fitted = None if reader is None else min(num_items, ROWS_PER_CODE * max(sizes))
+    calls = {}  # Python that makes the codes from nothing, so that it runs as it stands
+    if reader is not None:
+        calls["better training"] = (
+            "from rqsid import ResidualQuantizer, ResidualQuantizerConfig\n\n"
+            f'config = ResidualQuantizerConfig(codebook_sizes={sizes}, preset="fast", seed={seed})\n'
+            f"codes = ResidualQuantizer(config).fit({str(embeddings)!r}).encode({str(embeddings)!r})"
+        )
+    if given is not None:
+        calls["your codes"] = (
+            f"from rqsid.catalogue_files import read_codes\n\ncodes, _ = read_codes({str(codes)!r}, {id_column!r})"
+        )
     content = {
         "verdict": verdict,
         "recommendation": recommendation,
@@ -153,20 +174,25 @@ def report_catalogue(
         "num_items": num_items,
         "codebook_sizes": sizes,
         "seed": seed,
+        "rows_fitted": rows_fitted,
         "unknown_purchases": unknown,
         "by_items": by_items.to_dict(),
         "by_purchases": None if by_purchases is None else by_purchases.to_dict(),
         "layer_to_treat": layer,
+        "calls": calls,
         "remedies_of": kept_name,
         "remedies": remedies,
     }
     write_json(os.path.join(output_dir, "report.json"), content)
-    report_path = os.path.join(output_dir, "report.md")
+    parts = ["# Diagnosis", "", verdict, "", *_write_measures(by_items, by_purchases, label, unknown)]
+    if better is not None:
+        parts += _write_comparison(by_items, by_purchases, label, rows_fitted, calls["better training"])
+    parts += ["", figures]
+    if remedies:
+        parts += _write_remedies(remedies, by_items.layers[layer].name, kept_name, calls[kept_name])
+    parts += ["", "## Recommendation", "", recommendation, ""]
     with replace_atomically(report_path) as temporary:
-        text = _write(
-            verdict, by_items, by_purchases, label, unknown, figures, kept_name, layer, remedies, recommendation
-        )
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_text("\n".join(parts), encoding="utf-8")
     without = "" if figures.startswith("!") else f"\n\n{figures}"
     return f"{verdict}\n\n{recommendation}{without}\n\nReport: {report_path}"
 
@@ -230,7 +256,13 @@ def _say_verdict(found, label):
         text = f"There is an hourglass in {whose}: layer {found.layers[found.verdict_layer].name} is the waist"
         if found.better_optimum is None:
             return text + "; whether better training removes it can only be told with --embeddings."
-        return text + (", and it survives better training." if found.survives else ", but better training removes it.")
+        if found.survives:
+            return text + ", and it survives better training."
+        left = found.better_optimum.verdict
+        return text + (
+            ", but better training removes it"
+            + ("." if left == "none" else f" and leaves a {_name_verdict(found.better_optimum)}.")
+        )
     text = f"There is no hourglass in {whose}" + (
         "."
         if found.verdict == "none"
@@ -249,39 +281,46 @@ def _say_verdict(found, label):
     return text
 
 
-def _recommend(found, measured, kept_name, remedies):
+def _recommend(found, by_purchases, measured, kept_name, remedies):
     """Honest advice in plain words, from the figures that the report shows."""
     better, parts = found.better_optimum, []
     if better is not None and kept_name == "your codes" and better.unique_sids > found.unique_sids:
         parts.append(
             f"Better training alone takes the collision rate from {found.collision_rate:.3f} to {better.collision_rate:.3f}, "
-            "with nothing pruned: ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes="
-            f"{[layer.codebook_size for layer in found.layers]})).fit(embeddings)."
+            "with nothing pruned."
         )
     if len(found.layers) < 3:
         parts.append("The remedies here are for the middle of three layers or more.")
     elif better is not None and better.verdict == "none" and found.verdict != "none":
         parts.append("Better training removes it: no remedy needed. Use the codes of the better training.")
-    elif (better or found).verdict == "none" and found.verdict == "none":
+    elif measured.verdict == "none":
         parts.append("Nothing is concentrated: no remedy needed.")
-    elif measured.verdict == "hourglass" or (better is not None and better.verdict == "hourglass"):
+    elif measured.verdict == "hourglass" and (better is None or better.verdict == "hourglass"):
         if better is not None:
             parts.append("The hourglass is in the embeddings, not in the training.")
+        harmless = [row["remedy"] for row in remedies[1:] if row["unique_sids"] == remedies[0]["unique_sids"]]
         parts.append(
             "Pruning exactly one token is lossless, since its absence names it. Every further one merges SIDs that differed "
-            "only in pruned tokens"
+            f"only in pruned tokens; without loss here: {', '.join(harmless) or 'none'}. Dropping the layer would take the "
+            f"collision rate from {remedies[0]['collision_rate']:.3f} to {remedies[-1]['collision_rate']:.3f}. Whether "
+            "shorter SIDs rank better is for a trained model to show, at item level and over several seeds: a more even "
+            "layer alone does not show it."
         )
-        harmless = [row["remedy"] for row in remedies[1:] if row["unique_sids"] == remedies[0]["unique_sids"]]
-        costliest = remedies[-1]
-        parts[-1] += (
-            f"; without loss here: {', '.join(harmless) or 'none'}. Dropping the layer would take the collision rate from "
-            f"{remedies[0]['collision_rate']:.3f} to {costliest['collision_rate']:.3f}. Whether shorter SIDs rank better is "
-            "for a trained model to show, at item level and over several seeds: a more even layer alone does not show it."
+    elif measured.verdict == "hourglass":
+        parts.append(
+            f"Better training removes the hourglass and leaves a {_name_verdict(better)}; pruning a middle layer does not "
+            "address that. Use the codes of the better training, and none of the remedies."
         )
     else:
         parts.append(
             "The imbalance is at an end of the SID, not in the middle; pruning a middle layer does not address it, so none "
             "of the remedies is recommended."
+        )
+    bought = by_purchases and (by_purchases if measured is found else by_purchases.better_optimum)
+    if bought and bought.verdict != "none" and bought.verdict != measured.verdict:
+        parts.append(
+            f"This goes by products. By purchases there is a verdict of its own, {_name_verdict(bought)}: what is bought "
+            "often makes it, not where the embeddings lie."
         )
     if found.duplicate_share:
         parts.append(
@@ -291,46 +330,47 @@ def _recommend(found, measured, kept_name, remedies):
     return " ".join(parts)
 
 
-def _write(verdict, found, by_purchases, label, unknown, figures, kept_name, layer, remedies, recommendation):
-    lines = ["# Diagnosis", "", verdict, "", f"## {label[0].upper()}{label[1:]}", "", found.to_markdown()]
+def _write_measures(found, by_purchases, label, unknown):
+    lines = [f"## {label[0].upper()}{label[1:]}", "", found.to_markdown()]
     if by_purchases is not None:
         lines += ["", "By purchases:", "", by_purchases.to_markdown()]
-        if unknown:
-            lines += [
-                "",
-                f"{unknown:.1%} of the purchases name products that are not in the catalog; they are left out.",
-            ]
-    if found.better_optimum is not None:
-        lines += ["", f"## {label[0].upper()}{label[1:]} and better training", ""]
-        lines += _compare_table(found, label)
-        if by_purchases is not None:
-            lines += ["", "By purchases:", "", *_compare_table(by_purchases, label)]
-        fits = "Both fits saw" if label == "plain" else "The better training saw"
+    if unknown:
+        lines += ["", f"{unknown:.1%} of the purchases name products that are not in the catalog; they are left out."]
+    return lines
+
+
+def _write_comparison(found, by_purchases, label, rows_fitted, call):
+    lines = ["", f"## {label[0].upper()}{label[1:]} and better training", "", *_compare_table(found, label)]
+    if by_purchases is not None:
+        lines += ["", "By purchases:", "", *_compare_table(by_purchases, label)]
+    fits = "Both fits" if label == "plain" else "The better training"
+    if rows_fitted == found.num_items:
+        lines += ["", f'{fits} saw all products, with preset="fast". The better one is']
+    else:
         lines += [
             "",
-            f"{fits} a random sample of at most {ROWS_PER_CODE} products per code; all products were encoded.",
+            f"{fits} saw a random sample of {rows_fitted} of the {found.num_items} products ({ROWS_PER_CODE} per code of the "
+            'largest codebook), with preset="fast"; all products were encoded. A fit on all of them, as here, differs a '
+            "little:",
         ]
-        lines += ["A fit on all of them may differ a little."]
-    lines += ["", figures]
-    if remedies:
-        name = found.layers[layer].name
-        lines += ["", f"## What remedies would cost, layer {name} of {kept_name}", ""]
-        weighted = remedies[0]["recall_ceiling_by_purchases"] is not None
-        heads = ["remedy", "tokens pruned", "unique SIDs", "collision rate", "largest group", "mean length"]
-        heads += ["ceiling @1", "@10", "@50"] + (["by purchases @1", "@10", "@50"] if weighted else [])
-        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        for row in remedies:
-            cells = [row["remedy"], row["tokens_pruned"], row["unique_sids"], f"{row['collision_rate']:.4f}"]
-            cells += [row["largest_group"], f"{row['mean_length']:.2f}"]
-            cells += [f"{value:.4f}" for value in row["recall_ceiling"].values()]
-            cells += [f"{value:.4f}" for value in (row["recall_ceiling_by_purchases"] or {}).values()]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines += ["", "The ceiling is the best item-level recall of a model that always ranks the right SID first."]
-        lines += ["", "```python", "from rqsid import TokenPruning", ""]
-        lines += [f"{row['call']}  # {row['remedy']}" for row in remedies if row["call"]]
-        lines += ["```"]
-    lines += ["", "## Recommendation", "", recommendation, ""]
-    return "\n".join(lines)
+    return lines + ["", "```python", call, "```"]
+
+
+def _write_remedies(remedies, layer_name, kept_name, call):
+    weighted = remedies[0]["recall_ceiling_by_purchases"] is not None
+    heads = ["remedy", "tokens pruned", "unique SIDs", "collision rate", "largest group", "mean length"]
+    heads += ["ceiling @1", "@10", "@50"] + (["by purchases @1", "@10", "@50"] if weighted else [])
+    lines = ["", f"## What remedies would cost, layer {layer_name} of {kept_name}", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in remedies:
+        cells = [row["remedy"], row["tokens_pruned"], row["unique_sids"], f"{row['collision_rate']:.4f}"]
+        cells += [row["largest_group"], f"{row['mean_length']:.2f}"]
+        cells += [f"{value:.4f}" for value in row["recall_ceiling"].values()]
+        cells += [f"{value:.4f}" for value in (row["recall_ceiling_by_purchases"] or {}).values()]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "The ceiling is the best item-level recall of a model that always ranks the right SID first."]
+    lines += ["", "```python", "from rqsid import TokenPruning", call, ""]
+    return lines + [f"pruned = {row['call']}  # {row['remedy']}" for row in remedies if row["call"]] + ["```"]
 
 
 def _compare_table(found, label):

@@ -68,7 +68,12 @@ def main(arguments=None):
         help="ids of the rows of --embeddings: a .parquet, .csv or .txt file, or a folder of product_ids-*.parquet "
         "(default: those beside the shards, or in --codes)",
     )
-    given.add_argument("--id_column", metavar="NAME", default="product_id", help="default: %(default)s")
+    given.add_argument(
+        "--id_column",
+        metavar="NAME",
+        default="product_id",
+        help="column of the ids in the files above, but for product_ids-*.parquet (default: %(default)s)",
+    )
     given.add_argument(
         "--count_column",
         metavar="NAME",

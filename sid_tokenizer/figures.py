@@ -48,7 +48,7 @@ def plot_layers(diagnoses, path=None, log=True):
     figure = figure_class(figsize=(3.3 * num_layers + 2.6, height), layout="constrained")
     axes = figure.subplots(1, num_layers + 1, width_ratios=[3.3] * num_layers + [2.6])
 
-    highest = max(counts.max() for diagnosis in named.values() for counts in diagnosis.counts)
+    highest = max(counts.max() for diagnosis in named.values() for counts in diagnosis.counts) or 1
     top = highest * (1.6 if log else 1.06)
 
     # 1. one panel a layer
@@ -94,7 +94,7 @@ def plot_layers(diagnoses, path=None, log=True):
     # 2. all layers: where the waist is
     for (label, diagnosis), colour, style in zip(named.items(), COLOURS, STYLES, strict=False):
         present = [layer for layer in diagnosis.layers if layer.present > 0]
-        positions, evenness = zip(*((layer.layer, layer.normalized_entropy) for layer in present), strict=True)
+        positions, evenness = [layer.layer for layer in present], [layer.normalized_entropy for layer in present]
         axes[-1].plot(evenness, positions, marker="o", linestyle=style, color=colour, label=label)
     axes[-1].set_yticks(range(num_layers), [f"{layer_letter(layer)} ({layer})" for layer in range(num_layers)])
     axes[-1].invert_yaxis()

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import processes
+from .files import replace_atomically
 
 FILE = "fit.safetensors"
 
@@ -37,7 +37,7 @@ class FitCheckpoint:
 
     def __init__(self, folder, config, dim, num_rows, sample, distributed):
         self.path = None if folder is None else Path(folder) / FILE
-        self.writes = self.path is not None and (not distributed or processes.is_main())
+        self.distributed = distributed
         self._tensors, self._state = {}, {"finished": 0}
         if self.path is None:
             return
@@ -53,10 +53,11 @@ class FitCheckpoint:
             arguments.pop(ignored, None)
         digest = hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()
         self.fit = json.dumps([arguments, dim, num_rows, digest], sort_keys=True)
-        if distributed:
-            processes.in_all(lambda: self._load(sample.device))
-        else:
-            self._load(sample.device)
+        self._in_all(lambda: self._load(sample.device))
+        if distributed and len(set(processes.of_all(self._position()))) > 1:
+            raise ValueError(
+                f"Not all processes find the same state in {self.path}. checkpoint_dir must be a folder that all of them see."
+            )
 
     def layers(self, layer_class):
         """The finished layers."""
@@ -88,13 +89,25 @@ class FitCheckpoint:
 
     def _write(self, tensors, state):
         self._tensors, self._state = tensors, state
-        if not self.writes:
+        if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".partial")
-        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"fit": self.fit, "state": json.dumps(state)})
-        os.replace(temporary, self.path)
+
+        def write():
+            if self.distributed and not processes.is_main():
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            with replace_atomically(self.path) as temporary:
+                save_file(contiguous, temporary, metadata={"fit": self.fit, "state": json.dumps(state)})
+
+        self._in_all(write)
+
+    def _in_all(self, function):
+        return processes.in_all(function) if self.distributed else function()
+
+    def _position(self):
+        """How far the fit has come, as one number."""
+        return 1_000_000 * self._state["finished"] + self._state.get("iterations", 0)
 
     def _load(self, device):
         if not self.path.is_file():

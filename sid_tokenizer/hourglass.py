@@ -63,6 +63,9 @@ def find_verdict(evenness, null):
     would call a funnel an hourglass, since one even end is enough for it. A funnel narrows towards the end, a narrow top at
     the beginning, by more than 0.02 in all.
 
+    In a small sample even uniform codes use a large codebook less evenly than a small one. A verdict must therefore hold
+    both for the layers as they are and for how far each lies from the mean of its samples.
+
     Args:
         evenness (`np.ndarray`): Shape: (L,).
             Normalised entropy of the layers that are present, at least three.
@@ -73,6 +76,13 @@ def find_verdict(evenness, null):
         `tuple[float, float, str, int | None]`: score, its 0.5 % quantile for uniform codes, verdict, and the position of
         the layer that the verdict is about.
     """
+    expected = null.mean(1)
+    score, null_score, plain, _ = _find_shape(evenness, null)
+    *_, verdict, position = _find_shape(evenness - expected, null - expected[:, None])
+    return (score, null_score, verdict, position) if plain == verdict else (score, null_score, "none", None)
+
+
+def _find_shape(evenness, null):
     score = float(evenness[1:-1].mean() - (evenness[0] + evenness[-1]) / 2)
     null_score = float(np.quantile(null[1:-1].mean(0) - (null[0] + null[-1]) / 2, 0.005))
     chance = float(np.quantile(null.min(0) - null.max(0), 0.005))

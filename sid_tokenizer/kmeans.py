@@ -134,7 +134,7 @@ def lloyd(
     return codebook, prices
 
 
-def settle_prices(passes, codebook, prices, capacity, reduce=None, max_passes=30):
+def settle_prices(passes, codebook, prices, capacity, reduce=None, max_passes=80):
     """
     Further passes in which only the prices change, until no code has more than 1.02 times its capacity.
 
@@ -143,7 +143,7 @@ def settle_prices(passes, codebook, prices, capacity, reduce=None, max_passes=30
 
     Args:
         passes, codebook, prices, capacity, reduce: as in [`lloyd`].
-        max_passes (`int`, *optional*, defaults to 30):
+        max_passes (`int`, *optional*, defaults to 80):
             When to stop at the latest. Points of one place cannot be parted, so there may be no prices that suffice.
 
     Returns:

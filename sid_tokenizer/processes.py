@@ -25,17 +25,23 @@ def total(value):
     return int(sum_over_processes(lambda: (torch.tensor([value], dtype=torch.float64),))[0])
 
 
+def of_all(value):
+    """A whole number of each process, in the order of the processes (`list[int]`)."""
+    values = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=_device())
+    values[dist.get_rank()] = value
+    dist.all_reduce(values)
+    return values.tolist()
+
+
 def check_equal(name, value):
     """
     Raises:
         `ValueError`: in all processes, if they do not agree.
     """
-    values = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=_device())
-    values[dist.get_rank()] = value
-    dist.all_reduce(values)
-    if (values != values[0]).any():
+    values = of_all(value)
+    if len(set(values)) > 1:
         raise ValueError(
-            f"The processes' embeddings have {values.tolist()} {name}. They were not written by one embedding model: embed "
+            f"The processes' embeddings have {values} {name}. They were not written by one embedding model: embed "
             "the products again."
         )
 
@@ -50,15 +56,12 @@ def in_all(function):
         result = function()
     except Exception as caught:
         error = caught
-    failed = torch.zeros(dist.get_world_size(), device=_device())
-    failed[dist.get_rank()] = error is not None
-    dist.all_reduce(failed)
+    failed = of_all(error is not None)
     if error is not None:
         raise error
-    if failed.any():
-        ranks = torch.nonzero(failed).flatten().tolist()
+    if any(failed):
         raise RuntimeError(
-            f"The distributed fit was given up because process {ranks[0]} failed; its error is the cause."
+            f"The distributed fit was given up because process {failed.index(1)} failed; its error is the cause."
         )
     return result
 
@@ -82,11 +85,9 @@ def gather_rows(rows):
     Returns:
         `torch.Tensor`: the rows of all processes, in the order of the processes. Shape: (sum of M, D).
     """
-    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=_device())
-    counts[dist.get_rank()] = len(rows)
-    dist.all_reduce(counts)
-    gathered = torch.zeros(int(counts.sum()), rows.shape[1], dtype=rows.dtype, device=_device())
-    start = int(counts[: dist.get_rank()].sum())
+    counts = of_all(len(rows))
+    gathered = torch.zeros(sum(counts), rows.shape[1], dtype=rows.dtype, device=_device())
+    start = sum(counts[: dist.get_rank()])
     gathered[start : start + len(rows)] = rows.to(gathered.device)
     dist.all_reduce(gathered)
     return gathered.to(rows.device)

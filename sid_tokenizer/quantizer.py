@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .checks import check_codes
 from .embeddings import EmbeddingReader
 from .initialization import INITIALIZATIONS
-from .processes import require_process_group
+from .processes import in_all, require_process_group
 from .residual_kmeans import Layer, assign_, assignment_terms, beam_codes, fit_residual_kmeans
 
 PRESETS = {
@@ -56,7 +56,8 @@ class ResidualQuantizerConfig(PreTrainedConfig):
         capacity (`float`, *optional*):
             Largest count of a code while fitting, as a multiple of its layer's mean count, at least 1. It is held by
             prices, which encoding adds to squared distances, so that a product's code still depends on nothing but its
-            embedding; where many embeddings are equal it cannot be held.
+            embedding. It is met within a few per cent where that is possible; equal embeddings cannot be parted, and 1 is the
+            hardest to meet.
         num_beams (`int`, *optional*, defaults to 1):
             Beams of `encode`. More than one finds codes of less squared error, at the price of prefixes that are no longer
             the nearest ones: neighbours share fewer of them.
@@ -261,7 +262,11 @@ class ResidualQuantizer(PreTrainedModel):
         """
         if distributed:
             require_process_group()
-        reader = EmbeddingReader(embeddings, column, device=device)
+
+        def open_reader():
+            return EmbeddingReader(embeddings, column, device=device)
+
+        reader = in_all(open_reader) if distributed else open_reader()
         config = self.config
         passes = config.num_iterations + (config.num_sample_iterations if config.sample_per_code else 0)
         with tqdm(total=self.num_layers * passes, desc="codebooks", disable=not show_progress_bar) as bar:
@@ -309,9 +314,8 @@ class ResidualQuantizer(PreTrainedModel):
                     codes = beam_codes(chunk, [layer.codebook for layer in layers], num_beams)
                 else:
                     # One buffer for all chunks: fresh memory would cost more than the copy.
-                    buffer = (
-                        torch.empty_like(chunk, memory_format=torch.contiguous_format) if buffer is None else buffer
-                    )
+                    if buffer is None or len(buffer) < len(chunk):
+                        buffer = torch.empty(chunk.shape, device=chunk.device)
                     residual = buffer[: len(chunk)].copy_(chunk)
                     codes = torch.empty(len(chunk), len(layers), dtype=torch.int32, device=chunk.device)
                     for index, layer in enumerate(layers):

@@ -122,19 +122,25 @@ def fit_residual_kmeans(
         `ValueError`: with fewer rows than a layer has codes, unequal D over processes, or another fit's checkpoint.
     """
     reduce = processes.sum_over_processes if distributed else None
+    in_all = processes.in_all if distributed else lambda function: function()
     largest = max(config.codebook_sizes)
 
     # 1. one pass that checks all rows, counts them, and holds as many as allowed
     def read():
+        if max_rows_in_memory is not None and max_rows_in_memory < 1:
+            raise ValueError(
+                f"max_rows_in_memory={max_rows_in_memory} leaves no rows to start from. Pass a positive number, or None "
+                "for 1 GiB of rows."
+            )
         return _read(reader, config.seed, max_rows_in_memory or max(largest, MAX_FLOATS_IN_MEMORY // reader.dim))
 
     if distributed:
         processes.check_equal("dimensions", reader.dim)
-        table = processes.in_all(read)
+    table = in_all(read)
+    if distributed:
         num_rows = processes.total(reader.num_rows)
         held_all = processes.total(int(len(table) < reader.num_rows)) == 0
     else:
-        table = read()
         num_rows, held_all = reader.num_rows, len(table) == reader.num_rows
     num_local = reader.num_rows
     if num_rows < largest:
@@ -164,24 +170,29 @@ def fit_residual_kmeans(
         before, codes_before, rows = layers[:index], list(codes), chunk_rows(num_codes, table.device)
 
         def residuals(before=before, codes_before=codes_before, rows=rows):
-            return table.split(rows) if held_all else _streamed_residuals(reader, config, before, codes_before)
+            return table.split(rows) if held_all else _streamed_residuals(reader, config, before, codes_before, rows)
 
         if index == len(layers):
             layers.append(_fit_layer(index, residuals, sample, config, reduce, checkpoint, on_iteration))
             num_distinct = len(torch.unique(layers[-1].codebook, dim=0))
             if num_distinct < num_codes:
                 logger.warning(
-                    f"Layer {index} needs only {num_distinct} of its {num_codes} codes: fewer distinct residuals reach it. "
+                    f"Layer {index} has only {num_distinct} distinct codes instead of {num_codes}: fewer distinct residuals reach it. "
                     "Many embeddings are equal, or an earlier layer met them exactly; a smaller codebook would do."
                 )
             checkpoint.save(layers)
         layer, terms = layers[index], assignment_terms(layers[index], config.metric == "cosine")
-        if not held_all:
-            codes.append(torch.empty(num_local, dtype=torch.int16 if num_codes <= 2**15 else torch.int32))
+
+        def assign_streamed(num_codes=num_codes, residuals=residuals, layer=layer, terms=terms):
+            codes_of_layer = torch.empty(num_local, dtype=torch.int16 if num_codes <= 2**15 else torch.int32)
             start = 0
             for rest in residuals():
-                codes[-1][start : start + len(rest)] = assign_(rest, layer, config, terms)
+                codes_of_layer[start : start + len(rest)] = assign_(rest, layer, config, terms)
                 start += len(rest)
+            return codes_of_layer
+
+        if not held_all and index + 1 < len(config.codebook_sizes):
+            codes.append(in_all(assign_streamed))
         for rest in (*table.split(rows), *sample.split(rows)):
             assign_(rest, layer, config, terms)
     return layers
@@ -266,9 +277,9 @@ def _measure_lengths(layer, residuals, config, reduce):
         layer.scale = means[-1:]
 
 
-def _streamed_residuals(reader, config, layers, codes):
+def _streamed_residuals(reader, config, layers, codes, rows):
     """What the layers left over of each row, in the order of the rows, from the codes that they gave it."""
-    for start, chunk in reader.chunks():
+    for start, chunk in reader.chunks(rows):
         residual = chunk.clone()
         for layer, of_layer in zip(layers, codes, strict=True):
             if config.normalize_residuals:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -10,7 +11,7 @@ import pytest
 from pyarrow import csv, parquet
 from safetensors.numpy import save_file
 
-from rqsid import TokenPruning, catalogue_report, diagnose
+from rqsid import TokenPruning, catalogue_files, catalogue_report, diagnose
 from rqsid.cli import main
 from rqsid.sid_tokenizer import figures
 
@@ -80,7 +81,14 @@ def test_embeddings_alone(folder, tmp_path, capsys):
     )
     assert text.splitlines()[2] == found["verdict"] and text.rstrip().endswith(found["recommendation"])
     # the order of what is said
-    parts = ["| layer | entropy", "| | plain | better training |", "| remedy |", "```python", "## Recommendation"]
+    parts = [
+        "| layer | entropy",
+        "| | plain | better training |",
+        "```python",
+        "| remedy |",
+        "pruned = ",
+        "## Recommendation",
+    ]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
     assert found["by_items"]["verdict"] == "none" and "no remedy needed" in found["recommendation"]
 
@@ -148,6 +156,7 @@ def test_codes_are_put_into_the_order_of_the_embeddings(folder, tmp_path, no_fig
     options = {"embeddings": folder / "shards", "codebook_sizes": SIZES, "purchases": folder / "purchases.csv"}
     _, found, _ = run(tmp_path, codes=folder / "shuffled.parquet", **options)
     _, same, _ = run(tmp_path, codes=folder / "columns.parquet", **options)
+    assert found.pop("calls") != same.pop("calls")  # they name the files
     assert found == same
 
 
@@ -185,6 +194,85 @@ def test_the_seed_counts(folder, tmp_path, no_figures):
     assert other["by_items"]["counts"] != first["by_items"]["counts"]
 
 
+def test_nothing_of_an_earlier_report_is_left(folder, tmp_path, monkeypatch):
+    for name in ("plot_layers", "plot_flow"):
+        monkeypatch.setattr(catalogue_report, name, lambda diagnoses, path: Path(path).write_text("drawn"))
+    run(tmp_path, codes=folder / "codes.npy", codebook_sizes=SIZES)
+    assert {path.name for path in tmp_path.iterdir()} == FIGURES | {"report.md", "report.json"}
+    (tmp_path / "notes.txt").write_text("mine")
+    np.save(tmp_path / "single.npy", np.load(folder / "codes.npy")[:, :1])
+    run(tmp_path, codes=tmp_path / "single.npy", codebook_sizes=[16])
+    report = {"report.md", "report.json", "layers.png", "layers.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == report | {"notes.txt", "single.npy"}
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalogue_report, "plot_layers", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, codes=folder / "codes.npy", codebook_sizes=SIZES)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "single.npy"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_python_of_the_report_runs_as_it_stands(folder, tmp_path, no_figures, own):
+    options = {"embeddings": folder / "points.npy", "codebook_sizes": SIZES}
+    options |= {"codes": folder / "columns.parquet"} if own else {}
+    _, found, text = run(tmp_path, **options)
+    training, remedies = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(training, names)
+    better = diagnose(names["codes"], SIZES)
+    assert [counts.tolist() for counts in better.counts] == found["by_items"]["better_optimum"]["counts"]
+    names = {}
+    exec(remedies, names)
+    assert diagnose(names["pruned"], SIZES).unique_sids == found["remedies"][-1]["unique_sids"]
+    assert "Both fits saw all products" in text or "The better training saw all products" in text
+
+
+def test_a_fit_on_a_sample_is_said_to_be_one(folder, tmp_path, no_figures):
+    _, found, text = run(tmp_path, embeddings=folder / "points.npy", codebook_sizes=[4, 4, 4])
+    assert found["rows_fitted"] == 400 and "a random sample of 400 of the 1500 products" in text
+
+
+def test_an_hourglass_that_training_turns_into_a_funnel_is_not_said_to_be_in_the_embeddings(
+    folder, tmp_path, monkeypatch, no_figures
+):
+    codes = np.random.default_rng(0).integers(0, 16, (NUM_ITEMS, 3))
+    codes[:1000, 2] = 0
+    monkeypatch.setattr(catalogue_report, "refit", lambda reader, config, seed: (None, codes))
+    _, found, _ = run(tmp_path, embeddings=folder / "points.npy", codes=folder / "codes.npy", codebook_sizes=SIZES)
+    assert "better training removes it and leaves a funnel in layer c (2)" in found["verdict"]
+    assert "removes the hourglass and leaves a funnel in layer c (2)" in found["recommendation"]
+    assert "in the embeddings" not in found["recommendation"]
+
+
+def test_a_verdict_by_purchases_alone_is_not_passed_over(tmp_path, no_figures):
+    codes = np.random.default_rng(0).integers(0, 16, (NUM_ITEMS, 3))
+    np.save(tmp_path / "codes.npy", codes)
+    (tmp_path / "ids.txt").write_text("\n".join(IDS))
+    write(tmp_path, "bought.parquet", product_id=IDS, count=np.where(codes[:, 1] == 3, 50, 1))
+    options = {"codes": tmp_path / "codes.npy", "product_ids": tmp_path / "ids.txt", "codebook_sizes": SIZES}
+    _, found, _ = run(tmp_path, purchases=tmp_path / "bought.parquet", **options)
+    assert found["by_items"]["verdict"] == "none" and found["by_purchases"]["verdict"] == "hourglass"
+    assert "By purchases there is a verdict of its own, hourglass in layer b (1)" in found["recommendation"]
+
+
+def test_ids_beside_shards_have_one_name_whatever_the_catalog_calls_them(folder, tmp_path, no_figures):
+    write(tmp_path, "bought.parquet", asin=pyarrow.array(IDS[:9]).dictionary_encode())
+    options = {"embeddings": folder / "shards", "codebook_sizes": SIZES, "id_column": "asin"}
+    _, found, _ = run(tmp_path, purchases=tmp_path / "bought.parquet", **options)
+    assert found["unknown_purchases"] == 0 and sum(found["by_purchases"]["counts"][0]) == 9
+
+
+@pytest.mark.parametrize("text", ["a\nb c\n", "a\r\nb c\r\n", "\ufeffa\nb c"])
+def test_lines_of_ids(tmp_path, text):
+    (tmp_path / "ids.txt").write_bytes(text.encode())
+    assert catalogue_files.read_product_ids(tmp_path / "ids.txt").to_pylist() == ["a", "b c"]
+    (tmp_path / "ids.txt").write_bytes(text.replace(" ", "\u2028").encode())
+    assert catalogue_files.read_product_ids(tmp_path / "ids.txt").to_pylist() == ["a", "b\u2028c"]
+
+
 def write(folder, name, **columns):
     parquet.write_table(pyarrow.table(columns), folder / name)
 
@@ -207,6 +295,10 @@ def wrong(folder, tmp_path_factory):
     write(wrong, "negative.parquet", product_id=IDS[:2], count=[1, -2])
     write(wrong, "words.parquet", product_id=IDS[:2], count=["one", "two"])
     write(wrong, "renamed.parquet", item=IDS[:2])
+    write(wrong, "zero.parquet", product_id=IDS[:2], count=[0, 0])
+    write(wrong, "empty.parquet", product_id=pyarrow.array([], pyarrow.string()))
+    (wrong / "hole.txt").write_text("\n".join([*IDS[:3], "", *IDS[4:]]))
+    (wrong / "latin.txt").write_bytes("\n".join([*IDS[1:], "é"]).encode("latin-1"))
     (wrong / "broken.parquet").write_text("hello")
     (wrong / "broken.npy").write_text("hello")
     (wrong / "a_file").write_text("")
@@ -237,6 +329,12 @@ def wrong(folder, tmp_path_factory):
         ({"embeddings": "points.npy", "product_ids": "points.npy"}, "must end in .parquet or .csv or .txt"),
         ({"embeddings": "points.npy", "purchases": "purchases.csv"}, "needs the ids of the products"),
         ({"embeddings": "shards", "purchases": "unknown.parquet"}, "None of the 2 rows .*'x'.*'00000'"),
+        ({"embeddings": "shards", "purchases": "zero.parquet"}, "'count' of .*zero.parquet is 0 for every product"),
+        ({"embeddings": "shards", "purchases": "empty.parquet"}, "holds no purchase"),
+        ({"embeddings": "points.npy", "product_ids": "hole.txt"}, "Line 4 of .*hole.txt is empty"),
+        ({"embeddings": "points.npy", "product_ids": "latin.txt"}, "latin.txt is not text in UTF-8"),
+        ({"embeddings": "points.npy", "seed": -3}, "--seed -3"),
+        ({"embeddings": "points.npy", "output_dir": "a_file/inside"}, "a_file"),
         ({"embeddings": "shards", "purchases": "negative.parquet"}, "count -2.0 in row 1"),
         ({"embeddings": "shards", "purchases": "words.parquet"}, "counts must be numbers"),
         ({"embeddings": "shards", "purchases": "renamed.parquet"}, r"no column 'product_id', only \['item'\]"),

@@ -330,6 +330,21 @@ def test_uniform_codes_of_few_heavy_items_are_no_hourglass(kind, num_items):
     assert verdicts.count("hourglass") <= 2
 
 
+@pytest.mark.parametrize("layer, position", [(0, "narrow top"), (1, "hourglass"), (2, "funnel")])
+def test_a_large_codebook_in_a_small_sample_is_not_blamed_for_its_size(layer, position):
+    """Ten thousand items use 4096 uniform codes less evenly than 256 ones; a trace of unevenness on top is no verdict."""
+    sizes, verdicts = [256] * 3, {}
+    sizes[layer] = 4096
+    for spread in (0.3, 1.5):
+        random = np.random.default_rng(0)
+        columns = []
+        for size in sizes:
+            shares = np.exp((size == 4096) * spread * random.standard_normal(size))
+            columns.append(random.choice(size, 10_000, p=shares / shares.sum()))
+        verdicts[spread] = diagnose(np.stack(columns, axis=1), sizes).verdict
+    assert verdicts == {0.3: "none", 1.5: position}
+
+
 def test_a_waist_is_found_under_heavy_weights_and_in_few_items():
     random = np.random.default_rng(0)
     codes = random.integers(0, 16, (5000, 3))

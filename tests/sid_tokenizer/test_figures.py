@@ -153,6 +153,8 @@ def test_dropped_layer_and_codebooks_of_one_code(codes):
     assert len(dropped.plot().axes[3].lines[0].get_xdata()) == 2
     texts = [text.get_text() for text in dropped.plot(kind="flow").axes[0].texts]
     assert "absent" in texts
+    nothing = diagnose(np.full((3, 3), -1), SIZES)
+    assert not len(nothing.plot().axes[3].lines[0].get_xdata())
     single = diagnose(codes * [1, 0, 1], [64, 1, 64])
     single.plot()
     single.plot(kind="flow")
