@@ -1,5 +1,6 @@
 """Reading embeddings in chunks, pass after pass, from whatever holds them."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,21 +76,26 @@ class EmbeddingReader:
         """The tensor or array itself, where there is just one."""
         return self._parts[0] if len(self._parts) == 1 else None
 
-    def chunks(self, rows=CHUNK_ROWS):
+    def chunks(self, rows=CHUNK_ROWS, buffer=None):
         """
         One pass.
 
         Args:
             rows (`int`, *optional*, defaults to 16384):
                 Rows of a chunk, at most.
+            buffer (`torch.Tensor`, *optional*): Shape: (rows, D). Float32.
+                Where each chunk is copied to, in the place of the one before: fresh memory would cost more than the copy.
 
         Yields:
-            `tuple[int, torch.Tensor]`: the row where the chunk begins, and the chunk, float32. Shape: (rows, D). It may
-            share memory with the embeddings: do not write to it.
+            `tuple[int, torch.Tensor]`: the row where the chunk begins, and the chunk, float32. Shape: (rows, D). Without a
+            `buffer` it may share memory with the embeddings: do not write to it.
         """
         start = 0
         for part in self._pieces(rows):
-            chunk = torch.as_tensor(part).to(device=self.device, dtype=torch.float32)
+            if buffer is None:
+                chunk = torch.as_tensor(part).to(device=self.device, dtype=torch.float32)
+            else:
+                chunk = buffer[: len(part)].copy_(torch.as_tensor(part))
             # One number instead of a mask: a sum is finite only if every summand is.
             if not torch.isfinite(chunk.sum()) and not torch.isfinite(chunk).all():
                 row = start + int(torch.nonzero(~torch.isfinite(chunk).all(1))[0])
@@ -221,9 +227,11 @@ def _check_matrix(part):
 
 
 def _readable(piece):
-    """torch refuses arrays that are read-only or of another byte order."""
+    """torch refuses arrays of another byte order, and warns of read-only ones, to which nothing here writes."""
     if not isinstance(piece, np.ndarray):
         return piece
-    if not piece.flags.writeable or not piece.dtype.isnative or piece.dtype.itemsize > 8:
-        return np.array(piece, dtype=np.float32 if piece.dtype.itemsize != 8 else np.float64)
-    return piece
+    if not piece.dtype.isnative or piece.dtype.itemsize > 8:
+        return piece.astype(np.float64 if piece.dtype.itemsize > 4 else np.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(piece)  # whose conversion from half precision is many times faster than NumPy's

@@ -5,6 +5,8 @@ import torch
 from .assignment import best_codes, chunk_rows, score_offsets
 from .relocation import relocate
 
+ROWS_PER_PARTIAL_SUM = 16384
+
 
 def kmeans(
     points, num_codes, num_iterations=25, relocation_threshold=0.1, generator=None, seed_points=None, progress=None
@@ -187,10 +189,16 @@ def cluster_sums(chunks, codebook, prices=None):
     sums = torch.zeros(num_codes, dim, dtype=torch.float64, device=codebook.device)
     counts, squares = (torch.zeros(num_codes, dtype=torch.float64, device=codebook.device) for _ in range(2))
     offsets, columns = score_offsets(codebook, prices), codebook.T
+    partial, num_rows = torch.zeros_like(codebook), 0
     for chunk in chunks:
         codes = best_codes(torch.addmm(offsets, chunk, columns, beta=-1))
-        # Added up in float32 within a chunk, which is several times faster, in float64 between chunks.
-        sums += torch.zeros_like(codebook).index_add_(0, codes, chunk)
+        # Added up in float32 for some thousand rows, which is several times faster, in float64 from there on.
+        partial.index_add_(0, codes, chunk)
+        num_rows += len(chunk)
+        if num_rows >= ROWS_PER_PARTIAL_SUM:
+            sums += partial
+            partial.zero_()
+            num_rows = 0
         counts += torch.bincount(codes, minlength=num_codes)
         squares.index_add_(0, codes, torch.linalg.vector_norm(chunk, dim=1).double().square())
-    return sums, counts, squares
+    return sums + partial, counts, squares

@@ -307,20 +307,18 @@ class ResidualQuantizer(PreTrainedModel):
             self._check_out(out, reader.num_rows)
         layers, cosine = self._layers(), self.config.metric == "cosine"
         terms = [assignment_terms(layer, cosine) for layer in layers]
-        parts, buffer = [], None
+        parts = []
         with tqdm(total=reader.num_rows, desc="codes", unit=" rows", disable=not show_progress_bar) as bar:
-            for start, chunk in reader.chunks(max(256, ENCODE_ROWS // num_beams)):
+            rows = max(256, ENCODE_ROWS // num_beams)
+            buffer = torch.empty(rows, reader.dim, device=self.codebooks[0].device)
+            for start, chunk in reader.chunks(rows, buffer):
                 if num_beams > 1:
                     codes = beam_codes(chunk, [layer.codebook for layer in layers], num_beams)
                 else:
-                    # One buffer for all chunks: fresh memory would cost more than the copy.
-                    if buffer is None or len(buffer) < len(chunk):
-                        buffer = torch.empty(chunk.shape, device=chunk.device)
-                    residual = buffer[: len(chunk)].copy_(chunk)
                     codes = torch.empty(len(chunk), len(layers), dtype=torch.int32, device=chunk.device)
                     for index, layer in enumerate(layers):
                         leaves = index < len(layers) - 1
-                        codes[:, index] = assign_(residual, layer, self.config, terms[index], leaves)
+                        codes[:, index] = assign_(chunk, layer, self.config, terms[index], leaves)
                 if out is not None:
                     out[start : start + len(chunk)] = codes.cpu().numpy()
                 else:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .assignment import chunk_rows, nearest_codes
+from .assignment import best_codes, chunk_rows, score_offsets
 
 # Of the cost of giving a code up, the share that splitting another must win back at once. The cost is an upper bound,
 # and the iterations that follow win several times what the split itself wins. Larger values lower the error a little on
@@ -77,7 +77,8 @@ def _split_directions(codebook, sample, donors, generator):
     slot = torch.full((len(codebook),), -1, device=codebook.device)
     slot[donors] = torch.arange(num_donors, device=codebook.device)
     rows = chunk_rows(len(codebook), sample.device)
-    codes = torch.cat([nearest_codes(chunk, codebook)[0] for chunk in sample.split(rows)])
+    offsets, columns = score_offsets(codebook), codebook.T
+    codes = torch.cat([best_codes(torch.addmm(offsets, chunk, columns, beta=-1)) for chunk in sample.split(rows)])
     members = torch.nonzero(slot[codes] >= 0).flatten()
     owner = slot[codes[members]]
     centred = sample.index_select(0, members) - codebook[donors].index_select(0, owner)

@@ -279,12 +279,12 @@ def _measure_lengths(layer, residuals, config, reduce):
 
 def _streamed_residuals(reader, config, layers, codes, rows):
     """What the layers left over of each row, in the order of the rows, from the codes that they gave it."""
-    for start, chunk in reader.chunks(rows):
-        residual = chunk.clone()
+    buffer = torch.empty(rows, reader.dim, device=layers[0].codebook.device if layers else reader.device)
+    for start, residual in reader.chunks(rows, buffer):
         for layer, of_layer in zip(layers, codes, strict=True):
             if config.normalize_residuals:
-                residual = normalize(residual, dim=1)
-            residual -= layer.codebook[of_layer[start : start + len(chunk)].to(residual.device, torch.int64)]
+                normalize(residual, dim=1, out=residual)
+            residual -= layer.codebook[of_layer[start : start + len(residual)].to(residual.device, torch.int64)]
         yield residual
 
 
