@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from rqsid import PromptTemplate, SIDTokenizer
+from rqsid import ProductCatalog, PromptTemplate, ResidualQuantizer, ResidualQuantizerConfig, SIDTokenizer
 from rqsid.sid_tokenizer import bundle, files
 from rqsid.sid_tokenizer.files import (
     check_file,
@@ -229,6 +229,48 @@ def test_codebooks_that_the_manifest_vouches_for(bundles, folder, make_parts):
         write_tensors(path, columns, settings)
         replace_file(folder, path.name)
         assert_refused(folder, "sid_codebook.safetensors")
+
+
+def test_codebooks_of_earlier_versions_load(bundles, folder):
+    """Which knew five keys of the configuration, and neither prices nor scales."""
+    path = folder / "sid_codebook.safetensors"
+    names = [f"codebook_{layer}" for layer in range(3)]
+    tensors, config = read_tensors(path, names)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    earlier = ("codebook_sizes", "embedding_dim", "num_iterations", "relocation_threshold", "seed")
+    write_tensors(path, tensors, {key: config[key] for key in earlier})
+    replace_file(folder, path.name)
+    loaded, whole = (SIDTokenizer.from_pretrained(place).quantizer for place in (folder, bundles[0]))
+    assert loaded.config.metric == "euclidean" and loaded.config.capacity is None and loaded.config.num_beams == 1
+    points = np.random.default_rng(1).standard_normal((50, 6)).astype(np.float32)
+    assert (loaded.encode(points) == whole.encode(points)).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"capacity": 1.2},
+        {"normalize_residuals": True},
+        {"metric": "cosine", "normalize_residuals": True, "capacity": 1.2},
+        {"preset": "fast", "num_beams": 3, "init": "staged"},
+    ],
+)
+def test_codebooks_with_prices_and_scales_round_trip(tmp_path, config):
+    embeddings = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
+    embeddings *= np.random.default_rng(1).uniform(0.5, 3, (80, 1)).astype(np.float32)
+    quantizer = ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes=[4, 5, 6], **config)).fit(embeddings)
+    codes = quantizer.encode(embeddings)
+    catalog = ProductCatalog.build([f"p{row}" for row in range(80)], codes, quantizer.codebook_sizes)
+    SIDTokenizer.from_base(small_base(), catalog, quantizer).save_pretrained(tmp_path)
+    loaded = SIDTokenizer.from_pretrained(tmp_path).quantizer
+    before, after = dict(quantizer.named_parameters()), dict(loaded.named_parameters())
+    kinds = {name.split(".")[0] for name in before}
+    assert ("prices" in kinds) == ("capacity" in config) and ("scales" in kinds) == ("normalize_residuals" in config)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (loaded.encode(embeddings) == codes).all()
+    np.testing.assert_array_equal(loaded.decode(codes), quantizer.decode(codes))
+    for name in bundle.CODEBOOK_CONFIG + bundle.OPTIONAL_CODEBOOK_CONFIG:
+        assert getattr(loaded.config, name) == getattr(quantizer.config, name), name
 
 
 def test_tokenizer_without_one_sid_token_that_the_manifest_vouches_for(folder):
