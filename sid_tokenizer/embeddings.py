@@ -1,5 +1,6 @@
 """Reading embeddings in chunks, pass after pass, from whatever holds them."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,12 @@ CHUNK_ROWS = 16384
 KINDS = (
     "a numpy array (memory-mapped or not), a torch tensor, a datasets.Dataset or IterableDataset, or the path of a .npy "
     "file, of a .safetensors file or of a folder of .safetensors shards"
+)
+
+
+STABLE = (
+    "A stream must give the same rows in the same order in every pass: do not shuffle it, and check that its source is "
+    "complete."
 )
 
 
@@ -45,7 +52,7 @@ class EmbeddingReader:
         self.device = device
         self.num_rows = None
         self._stream = None
-        if isinstance(embeddings, str | Path):
+        if isinstance(embeddings, str | os.PathLike):
             self._parts = _open_path(Path(embeddings))
         elif isinstance(embeddings, np.ndarray | torch.Tensor):
             self._parts = [embeddings]
@@ -103,14 +110,17 @@ class EmbeddingReader:
                     f"embeddings hold NaN, infinite values or values beyond float32 (first in row {row}). Remove those "
                     "products, embed them again, or scale the embeddings down."
                 )
+            if self.num_rows is not None and start + len(chunk) > self.num_rows:
+                raise ValueError(
+                    f"The embeddings have more rows in this pass than the {self.num_rows} before. {STABLE}"
+                )
             yield start, chunk
             start += len(chunk)
         if self.num_rows is None:
             self.num_rows = start
         if start != self.num_rows:
             raise ValueError(
-                f"The embeddings ended after {start} rows in this pass, but had {self.num_rows} before. A stream must give "
-                "the same rows in the same order in every pass: do not shuffle it, and check that its source is complete."
+                f"The embeddings ended after {start} rows in this pass, but had {self.num_rows} before. {STABLE}"
             )
 
     def _pieces(self, rows):
@@ -200,7 +210,10 @@ def _open_path(path):
         raise ValueError(f"There is no file or folder {path}. Pass the path of {KINDS.split('path of ')[1]}.")
     if path.suffix == ".npy":
         try:
-            return [np.load(path, mmap_mode="r")]
+            array = np.load(path, mmap_mode="r")
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an archive of several arrays")
+            return [array]
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path} is not a readable .npy file of numbers ({error}). Write it again.") from error
     if path.suffix == ".safetensors":
@@ -215,8 +228,10 @@ def _check_matrix(part):
             f"embeddings have shape {tuple(part.shape)}; one row per product is needed: (N, D). For a single product pass "
             "embedding[None]."
         )
-    floating = (
-        str(part.dtype).removeprefix("torch.").lower().startswith(("float", "bfloat", "f16", "f32", "f64", "bf16"))
+    name = str(part.dtype).removeprefix("torch.").lower()
+    # numpy's name of a type of another byte order is ">f4".
+    floating = getattr(part.dtype, "kind", "") == "f" or name.startswith(
+        ("float", "bfloat", "f16", "f32", "f64", "bf16")
     )
     if not floating or part.shape[1] == 0:
         raise TypeError(
@@ -227,11 +242,13 @@ def _check_matrix(part):
 
 
 def _readable(piece):
-    """torch refuses arrays of another byte order, and warns of read-only ones, to which nothing here writes."""
+    """torch refuses arrays that run backwards or are of another byte order, and warns of read-only ones, to which nothing here writes."""
     if not isinstance(piece, np.ndarray):
         return piece
     if not piece.dtype.isnative or piece.dtype.itemsize > 8:
         return piece.astype(np.float64 if piece.dtype.itemsize > 4 else np.float32)
+    if min(piece.strides) < 0:
+        piece = piece.copy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(piece)  # whose conversion from half precision is many times faster than NumPy's

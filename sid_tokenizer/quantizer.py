@@ -320,11 +320,13 @@ class ResidualQuantizer(PreTrainedModel):
                         leaves = index < len(layers) - 1
                         codes[:, index] = assign_(chunk, layer, self.config, terms[index], leaves)
                 if out is not None:
+                    self._check_out(out, max(len(out), start + len(chunk)))  # a stream does not tell its length before
                     out[start : start + len(chunk)] = codes.cpu().numpy()
                 else:
                     parts.append(codes.int())
                 bar.update(len(chunk))
         if out is not None:
+            self._check_out(out, reader.num_rows)
             return out
         codes = torch.cat(parts) if parts else torch.empty(0, len(layers), dtype=torch.int32)
         return codes.long() if isinstance(embeddings, torch.Tensor) else codes.cpu().numpy()

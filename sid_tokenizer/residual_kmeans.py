@@ -158,7 +158,19 @@ def fit_residual_kmeans(
         raise ValueError(
             f"max_rows_in_memory={max_rows_in_memory} leaves {len(sample)} rows to start {largest} codes from. Allow more."
         )
-    if num_rows > 1 and bool((sample == sample[0]).all()) and held_all:
+    if not held_all:
+        table = sample[:0]  # what follows reads the rows again, and needs the memory
+    if num_rows > 1 and bool((sample == sample[0]).all()):
+
+        def others():
+            chunks = table.split(chunk_rows(1)) if held_all else (chunk for _, chunk in reader.chunks())
+            number = sum(int((chunk != sample[0]).any(1).sum()) for chunk in chunks)
+            return (torch.tensor([number], dtype=torch.float64),)
+
+        all_equal = float((others() if reduce is None else reduce(others))[0]) == 0
+    else:
+        all_equal = False
+    if all_equal:
         raise ValueError(
             f"All {num_rows} embeddings are equal, so every product would get the same SID. Check the encoder and its input."
         )
@@ -170,7 +182,11 @@ def fit_residual_kmeans(
         before, codes_before, rows = layers[:index], list(codes), chunk_rows(num_codes, table.device)
 
         def residuals(before=before, codes_before=codes_before, rows=rows):
-            return table.split(rows) if held_all else _streamed_residuals(reader, config, before, codes_before, rows)
+            return (
+                table.split(rows)
+                if held_all
+                else _streamed_residuals(reader, config, before, codes_before, rows, sample.device)
+            )
 
         if index == len(layers):
             layers.append(_fit_layer(index, residuals, sample, config, reduce, checkpoint, on_iteration))
@@ -270,16 +286,17 @@ def _measure_lengths(layer, residuals, config, reduce):
         return (sums,)
 
     sums = reduce(statistics)[0] if reduce is not None else statistics()[0]
-    means = (sums[:, 0] / sums[:, 1].clamp_min(1)).float()
+    # A code without points keeps its direction.
+    means = torch.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1].clamp_min(1), 1.0).float()
     if cosine:
         layer.codebook = layer.codebook * means[:-1, None]
     if config.normalize_residuals:
         layer.scale = means[-1:]
 
 
-def _streamed_residuals(reader, config, layers, codes, rows):
+def _streamed_residuals(reader, config, layers, codes, rows, device):
     """What the layers left over of each row, in the order of the rows, from the codes that they gave it."""
-    buffer = torch.empty(rows, reader.dim, device=layers[0].codebook.device if layers else reader.device)
+    buffer = torch.empty(rows, reader.dim, device=device)
     for start, residual in reader.chunks(rows, buffer):
         for layer, of_layer in zip(layers, codes, strict=True):
             if config.normalize_residuals:

@@ -45,6 +45,9 @@ def read_only(rows):
         lambda: read_only(ROWS),
         lambda: np.asfortranarray(ROWS),
         lambda: np.repeat(np.repeat(ROWS, 2, 0), 3, 1)[::2, ::3],
+        lambda: ROWS[::-1].copy()[::-1],
+        lambda: ROWS[:, ::-1].copy()[:, ::-1],
+        lambda: ROWS.astype(">f4"),
         lambda: ROWS.astype(np.float64),
         lambda: ROWS.astype(np.longdouble),
         lambda: torch.tensor(ROWS),
@@ -174,6 +177,10 @@ def test_bad_files(tmp_path):
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="pickle.npy is not a readable .npy file of numbers"):
         read(tmp_path / "pickle.npy")
+    np.savez(tmp_path / "archive.npz", ROWS)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    with pytest.raises(ValueError, match="archive.npy is not a readable.*archive of several"):
+        read(tmp_path / "archive.npy")
     save_file({"a": ROWS, "b": ROWS}, tmp_path / "two.safetensors")
     with pytest.raises(ValueError, match=r"two.safetensors holds the tensors \['a', 'b'\]"):
         read(tmp_path / "two.safetensors")
@@ -203,3 +210,25 @@ def test_a_stream_that_ends_early_in_a_later_pass():
     assert sum(len(chunk) for _, chunk in reader.chunks()) == 250
     with pytest.raises(ValueError, match="ended after 100 rows in this pass, but had 250.*do not shuffle"):
         list(reader.chunks())
+
+
+def test_a_stream_that_grows_in_a_later_pass():
+    passes = []
+
+    def rows():
+        passes.append(1)
+        yield from ({"embedding": row} for row in (ROWS if len(passes) < 3 else [*ROWS, *ROWS]))
+
+    reader = EmbeddingReader(IterableDataset.from_generator(rows))
+    assert sum(len(chunk) for _, chunk in reader.chunks()) == 250
+    with pytest.raises(ValueError, match="more rows in this pass than the 250 before"):
+        list(reader.chunks())
+
+
+def test_any_path_like(tmp_path):
+    class Path:
+        def __fspath__(self):
+            return str(tmp_path / "rows.npy")
+
+    np.save(tmp_path / "rows.npy", ROWS)
+    np.testing.assert_array_equal(read(Path()), ROWS)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 
 from rqsid import ResidualQuantizer, ResidualQuantizerConfig
 from rqsid.sid_tokenizer import fit_checkpoint
@@ -125,3 +126,23 @@ def test_a_file_that_is_no_state_is_refused_and_kept(tmp_path, points, content):
 def test_too_few_rows_in_memory(points, max_rows, message):
     with pytest.raises(ValueError, match=message):
         quantizer().fit(points, max_rows_in_memory=max_rows)
+
+
+@pytest.mark.parametrize("num_rows", [1990, 2010])
+def test_out_that_does_not_fit_a_stream(points, num_rows):
+    stream = IterableDataset.from_generator(lambda: ({"embedding": row} for row in points))
+    fitted, out = quantizer().fit(points), np.zeros((2000, 2), dtype=np.int16)
+    np.testing.assert_array_equal(fitted.encode(stream, out=out), fitted.encode(points))
+    with pytest.raises(ValueError, match=rf"out has shape \({num_rows}, 2\)"):
+        fitted.encode(stream, out=np.zeros((num_rows, 2), dtype=np.int16))
+
+
+@pytest.mark.parametrize("max_rows", [None, 1000])
+def test_rows_of_which_nearly_all_are_equal_are_fitted(max_rows):
+    """All of a random sample of them are equal."""
+    rows = np.zeros((50_000, 4), dtype=np.float32)
+    rows[7::25_000] = 3
+    config = ResidualQuantizerConfig(codebook_sizes=[2], num_iterations=2)
+    assert ResidualQuantizer(config).fit(rows, max_rows_in_memory=max_rows).encode(rows).shape == (50_000, 1)
+    with pytest.raises(ValueError, match="All 50000 embeddings are equal"):
+        ResidualQuantizer(config).fit(np.ones_like(rows), max_rows_in_memory=max_rows)
