@@ -178,7 +178,14 @@ def run(options):
         unknown = [part for part in options.methods if not any(part in name for name in methods)]
         if unknown:
             sys.exit(f"--methods {' '.join(unknown)}: no method of this name. There are: {'; '.join(methods)}.")
-        methods = {name: entry for name, entry in methods.items() if any(part in name for part in options.methods)}
+        # A whole name stands for itself alone: "rqsid fast" is part of others.
+        chosen = [
+            name
+            for name in methods
+            for part in options.methods
+            if name == part or (part not in methods and part in name)
+        ]
+        methods = {name: methods[name] for name in dict.fromkeys(chosen)}
     notes, skipped = [], {}
     for name, (_, module, distribution, *_) in list(methods.items()):
         if find_spec(module) is None:

@@ -226,7 +226,6 @@ def test_rows_of_other_codebooks_are_neither_kept_nor_overwritten(
     initialize_sid_rows(model, sid_tokenizer)
     before = matrices_of(model)[0].clone()
     other = ResidualQuantizer(quantizer.config)
-    other._make_codebooks(8)
     for codebook, original in zip(other.codebooks, quantizer.codebooks, strict=True):
         codebook.data = original + 1
     other_tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, other)

@@ -136,7 +136,7 @@ def test_training_moves_every_parameter_and_learns(model, tokenizer, make_purcha
     train, test = make_purchases(200), make_purchases(20, seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = make_trainer(
-        model, train, test, per_device_train_batch_size=16, max_steps=60, learning_rate=5e-3, logging_steps=10
+        model, train, test, per_device_train_batch_size=16, max_steps=100, learning_rate=5e-3, logging_steps=10
     )
     trainer.train()
     for name, parameter in model.named_parameters():
