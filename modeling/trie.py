@@ -142,7 +142,8 @@ class SIDTrie:
             tokenizer ([`SIDTokenizer`]):
                 The tokenizer, whose `sid_sequences` become the paths.
             sid_rows (`torch.LongTensor` of shape `(num_sids,)`, *optional*, defaults to all):
-                The catalog's rows of the SIDs that are kept, each once, in any order.
+                The catalog's rows of the SIDs that are kept, each once, in any order. "All" are those with a product that is
+                not withdrawn.
 
         Returns:
             [`SIDTrie`]: The trie, on the CPU, whose SID rows are the catalog's.
@@ -151,10 +152,14 @@ class SIDTrie:
             `TypeError`: if `sid_rows` is no integer tensor.
             `ValueError`: if `sid_rows` is empty, has a negative row, one row twice, or a row beyond the catalog.
         """
-        if sid_rows is None:
-            return cls(tokenizer.sid_sequences())
-        _check_sid_rows(sid_rows)
         num_sids = tokenizer.catalog.num_sids
+        if sid_rows is None:
+            sid_rows = torch.from_numpy(tokenizer.catalog.live_sid_rows())
+            if len(sid_rows) == 0:
+                raise ValueError(
+                    "All products of the catalog are withdrawn: there is no SID left. Append or restore some."
+                )
+        _check_sid_rows(sid_rows)
         if sid_rows.max() >= num_sids:
             raise ValueError(
                 f"`sid_rows` has row {int(sid_rows.max())} but the catalog only {num_sids} SIDs. Pass rows of SIDs, not of "

@@ -5,6 +5,8 @@ import os
 import torch
 
 from .catalog import ProductCatalog
+from .catalog_file import unchanged_file, write_catalog
+from .codebook_version import check_quantizer
 from .files import check_file, checksum, file_entry, read_json, read_tensors, write_json, write_tensors
 from .prompts import PromptTemplate
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
@@ -25,6 +27,7 @@ OPTIONAL_CODEBOOK_CONFIG = (
     "normalize_residuals",
     "capacity",
     "num_beams",
+    "skipped_codes",
 )
 
 
@@ -44,7 +47,7 @@ def write_bundle(tokenizer, save_directory):
     catalog, quantizer = tokenizer.catalog, tokenizer.quantizer
     names = ["tokenizer.json", CATALOG_FILE, PROMPT_FILE] + ([] if quantizer is None else [CODEBOOK_FILE])
     paths = {name: os.path.join(save_directory, name) for name in [*names, MANIFEST_FILE]}
-    catalog.save(paths[CATALOG_FILE])
+    write_catalog(catalog, paths[CATALOG_FILE])
     write_json(
         paths[PROMPT_FILE], {"template": tokenizer.prompt_template.to_dict(), "prefix": tokenizer.prompt_prefix}
     )
@@ -64,9 +67,10 @@ def write_bundle(tokenizer, save_directory):
         "special_tokens": {"eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token},
         "products": len(catalog),
         "sids": catalog.num_sids,
-        "history": tokenizer.history,
-        "files": {name: file_entry(paths[name]) for name in names},
+        "history": catalog.history,
+        "files": {name: file_entry(paths[name]) for name in names if name != CATALOG_FILE},
     }
+    manifest["files"][CATALOG_FILE] = _catalog_entry(catalog, paths[CATALOG_FILE])
     write_json(paths[MANIFEST_FILE], manifest | {"checksum": checksum(manifest)})
     return [path for name, path in paths.items() if name != "tokenizer.json"]
 
@@ -119,8 +123,10 @@ def read_bundle(manifest_file, files):
 
     # The files are what was saved together; what follows guards against a manifest that was edited as well.
     catalog = ProductCatalog.load(files[CATALOG_FILE])
+    catalog.file["entry"] = manifest["files"][CATALOG_FILE]
     found = {"codebook_sizes": catalog.codebook_sizes, "suffix_size": catalog.suffix_size}
     found |= {"products": len(catalog), "sids": catalog.num_sids, "pruning": catalog.pruning.to_dict()}
+    found["history"] = catalog.history
     for key, value in found.items():
         if manifest[key] != value:
             raise ValueError(
@@ -129,6 +135,7 @@ def read_bundle(manifest_file, files):
     quantizer = None
     if CODEBOOK_FILE in manifest["files"]:
         quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
+        check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
     prompt = read_json(files[PROMPT_FILE])
     try:
         prompt_template, prompt_prefix = PromptTemplate(**prompt["template"]), list(prompt["prefix"])
@@ -143,8 +150,17 @@ def read_bundle(manifest_file, files):
         "layer_order": check_layer_order(manifest["layer_order"], catalog),
         "base_size": manifest["base_size"],
         "special_tokens": manifest["special_tokens"],
-        "history": manifest["history"],
     }
+
+
+def _catalog_entry(catalog, path):
+    """The file's size and hash, known already where nothing has changed since it was read or written."""
+    if unchanged_file(catalog) is None or "entry" not in catalog.file:
+        entry = file_entry(path)
+        if catalog.file is not None:
+            catalog.file["entry"] = entry
+        return entry
+    return catalog.file["entry"]
 
 
 def _quantizer_tensors(quantizer):

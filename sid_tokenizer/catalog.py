@@ -1,51 +1,65 @@
 """The table between products and SIDs, in columns that can be memory-mapped."""
 
+import copy
+
 import numpy as np
-import torch
 
-from .checks import check_codes
-from .files import read_tensors, write_tensors
+from .catalog_columns import added_columns, columns_at, content_hash, first_columns, regrouped, row_type
+from .catalog_file import load_catalog, pickle_by_file, save_catalog
+from .catalog_lookups import CatalogLookups
+from .checks import as_numpy, check_codes
+from .codebook_version import check_quantizer, measures_embeddings
+from .placement import check_inputs, check_policy, place_first, place_more
 from .pruning import TokenPruning
-from .strings import check_product_ids, hash_rows, pack_strings, search_strings, unpack_strings
-
-FORMAT_VERSION = 1
-COLUMNS = (
-    "product_id_bytes",  # uint8 [total]: the UTF-8 of all product ids, end to end
-    "product_id_offsets",  # int64 [N + 1]: where each id begins
-    "product_id_hashes",  # int64 [N]: hashes of the ids, ascending
-    "product_id_order",  # int32/int64 [N]: the product row of each hash
-    "text_bytes",  # uint8 [total]: texts for display, as the ids
-    "text_offsets",  # int64 [N + 1]
-    "product_codes",  # int16/int32 [N, L]: the quantizer's codes, before pruning
-    "product_sids",  # int32/int64 [N]: the SID row of each product
-    "popularity",  # float64 [N]
-    "sid_codes",  # int16/int32 [S, L + 1]: codes of each SID, -1 where absent; the last column is the suffix, -1 for none
-    "sid_offsets",  # int64 [S + 1]: where the products of each SID begin in sid_products
-    "sid_products",  # int32/int64 [N]: product rows, grouped by SID, most popular first
-)
+from .strings import index_strings, pack_product_ids, search_packed
 
 
-class ProductCatalog:
+class ProductCatalog(CatalogLookups):
     r"""
     Which product has which SID, and which products share one.
 
     Build one with [`ProductCatalog.build`], or read one with [`ProductCatalog.load`]. A *product row* is a position in
-    `product_ids` as given to `build`; a *SID row* is a position in `sid_codes`. All columns are numpy arrays (of a loaded
-    catalog: memory-mapped), all methods take and give batches.
+    `product_ids` as given to `build`, products appended later following; a *SID row* is a position in `sid_codes`. Rows
+    never change their meaning. All columns are numpy arrays (of a loaded catalog: memory-mapped), all methods take and give
+    batches.
+
+    A catalog changes by [`~ProductCatalog.append`], [`~ProductCatalog.withdraw`], [`~ProductCatalog.restore`] and
+    [`~ProductCatalog.update_popularity`], each of which makes a new version; no SID ever moves. Earlier versions stay
+    available through [`~ProductCatalog.at_version`].
 
     Attributes:
         codebook_sizes (`list[int]`): codes of each layer.
         pruning ([`TokenPruning`]): the rule by which SIDs were shortened.
         suffix_size (`int`): number of suffix tokens that break collisions; 0 if products may share a SID.
+        collisions (`str`): `"share"`, `"suffix"` or `"reassign"`.
+        capacity (`int`): products that one leaf takes where leaves are reassigned.
+        codebook_version (`str` or `None`): fingerprint of the quantizer that `build` was given.
+        history (`list[dict]`): what each version changed, the first first.
         sid_codes (`np.ndarray`): Shape: (S, L + 1). -1 where a layer is absent; the last column is the suffix.
         popularity (`np.ndarray`): Shape: (N,).
+        withdrawn (`np.ndarray` of bool): Shape: (N,).
+
+    Example:
+
+    ```python
+    catalog = ProductCatalog.build(product_ids, codes, quantizer.codebook_sizes, popularity=purchases, quantizer=quantizer)
+    catalog.append(new_ids, embeddings=new_embeddings, quantizer=quantizer)
+    catalog.withdraw(["B0001"])
+    catalog.save("sid_catalog.safetensors")
+    ```
     """
 
-    def __init__(self, columns, codebook_sizes, pruning, suffix_size):
+    def __init__(self, columns, codebook_sizes, pruning, suffix_size=0, collisions="share", capacity=1, history=None):
         self.columns = columns
         self.codebook_sizes = list(codebook_sizes)
         self.pruning = pruning
         self.suffix_size = suffix_size
+        self.collisions = collisions
+        self.capacity = capacity
+        self.codebook_version = None
+        self.history = history or []
+        self.oldest_version = 1
+        self.file = None  # where an equal copy lies, see catalog_file.py
         self._sid_index = None
 
     @classmethod
@@ -59,11 +73,14 @@ class ProductCatalog:
         texts=None,
         collisions="share",
         suffix_size=None,
+        capacity=1,
+        quantizer=None,
+        embeddings=None,
     ):
         """
         Args:
-            product_ids (`list[str]`):
-                N distinct, non-empty ids.
+            product_ids (`list[str]`, or a `numpy` or `pyarrow` array of strings):
+                N distinct, non-empty ids of at most 1,024 bytes each.
             codes (`np.ndarray` or `torch.Tensor`): Shape: (N, L).
                 The quantizer's codes, in the order of `product_ids`, not pruned.
             codebook_sizes (`list[int]`):
@@ -76,354 +93,353 @@ class ProductCatalog:
             texts (`list[str]`, *optional*):
                 A text of each product for display.
             collisions (`str`, *optional*, defaults to `"share"`):
-                `"share"`: products of one SID share it. `"suffix"`: every product of such a group gets a suffix token
-                `<x_0>`, `<x_1>`, … in order of popularity, which makes all SIDs distinct.
+                - `"share"`: products of one SID share it.
+                - `"suffix"`: every product of such a group gets a suffix token `<x_0>`, `<x_1>`, … in order of popularity,
+                  which makes all SIDs distinct.
+                - `"reassign"`: the `capacity` most popular products of such a group keep the SID, the others take the
+                  nearest SID with room, see [`reassign`]. Needs `quantizer`.
             suffix_size (`int`, *optional*):
                 Suffix tokens to reserve with `"suffix"`; the largest group, and at least 16, if not given.
+            capacity (`int`, *optional*, defaults to 1):
+                Products that may share a SID with `"reassign"`.
+            quantizer ([`ResidualQuantizer`] or [`RQVAE`], *optional*):
+                What gave the codes. The catalog keeps its fingerprint, and refuses products encoded by another.
+            embeddings (`np.ndarray` or `torch.Tensor`, *optional*): Shape: (N, D).
+                With `"reassign"`, what added error is measured from; the sums of code vectors if not given.
 
         Returns:
             [`ProductCatalog`]
 
         Raises:
             `TypeError`: if a product id is not a string.
-            `ValueError`: for duplicate or empty ids, columns of unequal length, codes outside the codebooks, a pruning
-                fitted on other codebooks, or too few suffixes.
+            `ValueError`: for duplicate, empty or over-long ids, columns of unequal length, codes outside the codebooks, a
+                pruning fitted on other codebooks, too few suffixes, or too little capacity.
         """
-        check_product_ids(product_ids)
+        codebook_sizes = [int(size) for size in codebook_sizes]
+        codes = as_numpy(codes)
         num_products = len(product_ids)
-        codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else np.asarray(codes)
+        if num_products == 0:
+            raise ValueError("product_ids is empty: a catalog needs at least one product.")
         if pruning is None:
             pruning = TokenPruning("none").fit(codes, codebook_sizes)
-        if pruning.codebook_sizes is not None and pruning.codebook_sizes != [int(size) for size in codebook_sizes]:
+        if pruning.codebook_sizes is not None and pruning.codebook_sizes != codebook_sizes:
             raise ValueError(
-                f"The pruning was fitted on codebooks {pruning.codebook_sizes}, these codes have {list(codebook_sizes)}. "
+                f"The pruning was fitted on codebooks {pruning.codebook_sizes}, these codes have {codebook_sizes}. "
                 "Fit the pruning on the codes of this catalog."
             )
         check_codes(codes, codebook_sizes)
-        for name, column in (("codes", codes), ("popularity", popularity), ("texts", texts)):
-            if column is not None and len(column) != num_products:
-                raise ValueError(f"{name} has {len(column)} rows for {num_products} product ids: one row per product.")
-        popularity = np.zeros(num_products) if popularity is None else np.array(popularity, dtype=np.float64)
-        if popularity.ndim != 1 or not np.isfinite(popularity).all():
-            raise ValueError("popularity must be one finite number per product.")
-        if collisions not in ("share", "suffix"):
-            raise ValueError(f'collisions={collisions!r} is unknown; choose "share" or "suffix".')
-        if suffix_size is not None and collisions != "suffix":
-            raise ValueError(f'suffix_size={suffix_size} needs collisions="suffix".')
+        popularity = check_inputs(num_products, codes, popularity, texts, embeddings)
+        check_policy(collisions, suffix_size, capacity, quantizer, embeddings)
+        version = None if quantizer is None else check_quantizer(quantizer, codebook_sizes)
+        if embeddings is not None and not measures_embeddings(quantizer):
+            raise ValueError(
+                "embeddings cannot be compared with this quantizer's code vectors, only those of residual k-means with "
+                'metric="euclidean", without normalize_residuals and skipped_codes, can. Leave embeddings out: added error is '
+                "then measured between code vectors."
+            )
+        codebooks = None if quantizer is None else list(quantizer.codebooks)
+        sids, suffix_size = place_first(
+            codes, pruning, popularity, collisions, suffix_size, capacity, codebooks, embeddings
+        )
+        columns = first_columns(product_ids, codes, sids, codebook_sizes, suffix_size, popularity, texts)
+        catalog = cls(columns, codebook_sizes, pruning, suffix_size, collisions, capacity)
+        catalog.codebook_version = version
+        names = ("product_id_hashes", "product_codes", "product_sids", "sid_codes", "popularity")
+        catalog._commit(columns, "build", num_products, content_hash(*[columns[name] for name in names]))
+        return catalog
 
-        # 1. group products by SID, most popular first (lexsort is stable and its last key counts first)
-        sids = np.concatenate([pruning.apply(codes), np.full((num_products, 1), -1, dtype=np.int32)], axis=1)
-        group, rank = _group(sids, popularity)
-        if collisions == "suffix":
-            largest = int(np.bincount(group).max())
-            suffix_size = max(16, largest) if suffix_size is None else suffix_size
-            if largest > suffix_size:
-                raise ValueError(
-                    f"{largest} products share one SID, but only {suffix_size} suffixes are reserved. Raise suffix_size, "
-                    "or quantize with more codes or layers."
-                )
-            in_collision = np.bincount(group)[group] > 1
-            sids[in_collision, -1] = rank[in_collision]
-            group, rank = _group(sids, popularity)
+    # Changes
 
-        # 2. columns
-        product_width = np.int32 if num_products < 2**31 else np.int64
-        code_width = np.int16 if max([*codebook_sizes, suffix_size or 0]) < 2**15 else np.int32
-        grouped = np.lexsort((rank, group))
-        first = grouped[rank[grouped] == 0]
-        id_bytes, id_offsets = pack_strings(product_ids)
-        text_bytes, text_offsets = pack_strings(texts if texts is not None else [""] * num_products)
-        hashes = hash_rows(id_bytes, id_offsets)
-        order = np.argsort(hashes, kind="stable")
-        columns = {
-            "product_id_bytes": id_bytes,
-            "product_id_offsets": id_offsets,
-            "product_id_hashes": hashes[order],
-            "product_id_order": order.astype(product_width),
-            "text_bytes": text_bytes,
-            "text_offsets": text_offsets,
-            "product_codes": codes.astype(code_width),
-            "product_sids": group.astype(product_width),
-            "popularity": popularity,
-            "sid_codes": sids[first].astype(code_width),
-            "sid_offsets": np.concatenate(([0], np.cumsum(np.bincount(group)))).astype(np.int64),
-            "sid_products": grouped.astype(product_width),
-        }
-        return cls(columns, [int(size) for size in codebook_sizes], pruning, suffix_size or 0)
+    def append(
+        self,
+        product_ids,
+        codes=None,
+        popularity=None,
+        texts=None,
+        embeddings=None,
+        quantizer=None,
+        collisions=None,
+        reuse_withdrawn=False,
+    ):
+        """
+        Adds products. Those that are there keep their rows and SIDs.
+
+        A new product gets the SID of its codes. If products have that SID already, it shares it, or gets the next suffix
+        where they have suffixes, or, with `collisions="reassign"`, takes the nearest free SID. The SID of products that
+        were all withdrawn is not reused: then, too, the product takes the nearest free one, for which `quantizer` is needed.
+
+        Args:
+            product_ids (`list[str]`, or a `numpy` or `pyarrow` array of strings):
+                m new ids.
+            codes (`np.ndarray` or `torch.Tensor`, *optional*): Shape: (m, L).
+                Their full codes. If not given, `quantizer` encodes `embeddings`.
+            popularity (`np.ndarray`, *optional*): Shape: (m,).
+                0 if not given.
+            texts (`list[str]`, *optional*):
+                m texts for display.
+            embeddings (`np.ndarray` or `torch.Tensor`, *optional*): Shape: (m, D).
+                Encoded if there are no codes; and what added error is measured from where the quantizer allows it, see
+                `build`.
+            quantizer ([`ResidualQuantizer`] or [`RQVAE`], *optional*):
+                The quantizer of this catalog, `tokenizer.quantizer` for instance.
+            collisions (`str`, *optional*):
+                As in `build`, for these products; the catalog's own way if not given.
+            reuse_withdrawn (`bool`, *optional*, defaults to `False`):
+                Whether SIDs and suffixes of withdrawn products may be given to new ones. A model that was trained with
+                them knows them as the old products.
+
+        Returns:
+            `np.ndarray` (int64): the rows of the new products. Shape: (m,).
+
+        Raises:
+            `TypeError`, `ValueError`: as `build`; also if an id is in the catalog already, the quantizer is another than the
+                catalog's, no suffix is left, or a free SID has to be found without a quantizer. The catalog is then as
+                it was.
+        """
+        collisions = self.collisions if collisions is None else collisions
+        check_policy(collisions)
+        if collisions == "suffix" and not self.suffix_size:
+            raise ValueError(
+                'collisions="suffix" needs suffix tokens, of which this catalog has none. Pass "reassign" or "share", or '
+                'build a new catalog with collisions="suffix".'
+            )
+        if quantizer is not None:
+            check_quantizer(quantizer, self.codebook_sizes, self.codebook_version)
+        if codes is None:
+            if embeddings is None or quantizer is None:
+                raise ValueError("Pass codes, or embeddings and quantizer to encode them with.")
+            codes = quantizer.encode(embeddings)
+        codes = as_numpy(codes)
+        check_codes(codes, self.codebook_sizes)
+        popularity = check_inputs(len(product_ids), codes, popularity, texts, embeddings)
+        packed = pack_product_ids(product_ids)
+        index = index_strings(*packed)
+        self._refuse_known(product_ids, search_packed(*packed, *self._id_columns()))
+
+        if embeddings is not None and (quantizer is None or not measures_embeddings(quantizer)):
+            embeddings = None
+        codebooks = None if quantizer is None else list(quantizer.codebooks)
+        sids = place_more(self, codes, popularity, collisions, codebooks, embeddings, reuse_withdrawn)
+        columns = added_columns(
+            self.columns, *packed, index, codes, sids, self.codebook_sizes, self.suffix_size, popularity, texts
+        )
+        first = len(self)
+        self._commit(columns, "append", len(codes), content_hash(index[0], index[1], codes, sids, popularity))
+        return np.arange(first, len(self))
+
+    def withdraw(self, product_ids):
+        """
+        Takes products out of stock: searches no longer return them. Histories may still name them, and their SIDs stay theirs.
+
+        Raises:
+            `ValueError`: if a product is not in the catalog, or withdrawn already.
+        """
+        self._toggle(product_ids, "withdraw", withdrawn=True)
+
+    def restore(self, product_ids):
+        """
+        Brings withdrawn products back, with the SIDs that they had.
+
+        Raises:
+            `ValueError`: if a product is not in the catalog, or not withdrawn.
+        """
+        self._toggle(product_ids, "restore", withdrawn=False)
+
+    def update_popularity(self, product_ids, popularity):
+        """
+        Changes the order in which products of one SID are listed.
+
+        Args:
+            product_ids (`list[str]`):
+                n products, each once.
+            popularity (`np.ndarray`): Shape: (n,).
+
+        Raises:
+            `ValueError`: if a product is not in the catalog or named twice, or a popularity is not finite.
+        """
+        rows = self._distinct_rows(product_ids)
+        values = np.asarray(popularity, dtype=np.float64)
+        if values.shape != rows.shape or not np.isfinite(values).all():
+            raise ValueError(
+                f"popularity must be one finite number for each of the {len(rows)} products, got shape {values.shape}."
+            )
+        before = self.columns["popularity"]
+        changed = values != before[rows]
+        rows, values = rows[changed], values[changed]
+        if not len(rows):
+            return
+        after = before.copy()
+        after[rows] = values
+        log_rows = np.concatenate([self.columns["popularity_log_rows"], rows.astype(row_type(len(self)))])
+        log_values = np.concatenate([self.columns["popularity_log_values"], before[rows]])
+        logs = {"popularity_log_rows": log_rows, "popularity_log_values": log_values}
+        columns = regrouped(self.columns | {"popularity": after} | logs)
+        self._commit(columns, "update_popularity", len(rows), content_hash(rows, values))
+
+    # Versions
+
+    @property
+    def version(self):
+        """Number of the current version, from 1."""
+        return len(self.history)
+
+    def at_version(self, version):
+        """
+        The catalog as it was.
+
+        Args:
+            version (`int`):
+                From `oldest_version` to `version`.
+
+        Returns:
+            [`ProductCatalog`]: a copy that shares most columns. Saving it over a newer version is refused.
+
+        Raises:
+            `ValueError`: if there is, or is left, no such version.
+        """
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= self.version:
+            raise ValueError(f"version={version!r}: this catalog has versions 1 to {self.version}.")
+        if version < self.oldest_version:
+            raise ValueError(
+                f"version={version} was given up by forget_versions; {self.oldest_version} is the oldest that is left."
+            )
+        old = copy.copy(self)
+        if version < self.version:
+            old.columns = columns_at(self.columns, self.history[version - 1], self.history[self.oldest_version - 1])
+            old.history, old.file, old._sid_index = self.history[:version], None, None
+        return old
+
+    def forget_versions(self, before=None):
+        """
+        Gives up earlier versions, and the space that the logs of changed popularities take for them.
+
+        Args:
+            before (`int`, *optional*):
+                The oldest version to keep; the current one if not given.
+        """
+        before = self.version if before is None else before
+        if isinstance(before, bool) or not isinstance(before, int) or not 1 <= before <= self.version:
+            raise ValueError(f"before={before!r}: this catalog has versions 1 to {self.version}.")
+        if before <= self.oldest_version:
+            return
+        base, kept = self.history[self.oldest_version - 1], self.history[before - 1]
+        num_withdrawn = kept["withdrawn_log"] - base["withdrawn_log"]
+        num_popularity = kept["popularity_log"] - base["popularity_log"]
+        logs = {"withdrawn_log": self.columns["withdrawn_log"][num_withdrawn:].copy()}
+        for name in ("popularity_log_rows", "popularity_log_values"):
+            logs[name] = self.columns[name][num_popularity:].copy()
+        self.columns, self.oldest_version, self.file = self.columns | logs, before, None
+
+    # Files
+
+    def save(self, path, overwrite=False):
+        """
+        Writes the catalog into one safetensors file, whole or not at all. Where an equal file lies on the same disk, the new
+        one is a hard link to it.
+
+        Args:
+            path (`str`):
+                File name, by convention `sid_catalog.safetensors`.
+            overwrite (`bool`, *optional*, defaults to `False`):
+                Whether to replace a file that holds changes to this catalog that this object does not know.
+
+        Raises:
+            `ValueError`: if `path` holds a newer version of this catalog, or one with other changes: somebody else saved it
+                in the meantime.
+        """
+        save_catalog(self, path, overwrite)
+
+    @classmethod
+    def load(cls, path, version=None):
+        """
+        Opens a file of [`~ProductCatalog.save`], memory-mapped.
+
+        Args:
+            path (`str`):
+                The file.
+            version (`int`, *optional*):
+                An earlier version, see [`~ProductCatalog.at_version`]; the current one if not given.
+
+        Raises:
+            `ValueError`: if the file is truncated, of another format version, or its columns do not fit together.
+        """
+        catalog = load_catalog(cls, path)
+        return catalog if version is None else catalog.at_version(version)
+
+    def __reduce_ex__(self, protocol):
+        return pickle_by_file(self) or super().__reduce_ex__(protocol)
+
+    def __copy__(self):
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __getstate__(self):
         # What is made on first use stays out, so that a catalog has the same hash before and after.
         return {**self.__dict__, "_sid_index": None}
 
-    def __len__(self):
-        return len(self.columns["product_sids"])
-
-    @property
-    def num_sids(self):
-        """S, the number of distinct SIDs."""
-        return len(self.columns["sid_codes"])
-
-    @property
-    def num_layers(self):
-        """L, dropped layers included."""
-        return len(self.codebook_sizes)
-
-    @property
-    def sid_codes(self):
-        return self.columns["sid_codes"]
-
-    @property
-    def popularity(self):
-        return self.columns["popularity"]
-
-    @property
-    def codes(self):
-        """The quantizer's codes of all products, before pruning. Shape: (N, L)."""
-        return self.columns["product_codes"]
-
-    def product_rows(self, product_ids):
-        """
-        Args:
-            product_ids (`list[str]`):
-                Ids, repeats allowed.
-
-        Returns:
-            `np.ndarray` (int64): their product rows. Shape: (n,).
-
-        Raises:
-            `ValueError`: if an id is not in the catalog.
-        """
-        columns = self.columns
-        rows = search_strings(
-            product_ids,
-            columns["product_id_bytes"],
-            columns["product_id_offsets"],
-            columns["product_id_hashes"],
-            columns["product_id_order"],
+    def __repr__(self):
+        withdrawn = int(self.withdrawn.sum())
+        return (
+            f"ProductCatalog({len(self)} products, {self.num_sids} SIDs, {self.pruning!r}"
+            + (f", {withdrawn} withdrawn" if withdrawn else "")
+            + (f", version {self.version}" if self.version > 1 else "")
+            + ")"
         )
-        unknown = np.flatnonzero(rows < 0)
-        if len(unknown):
-            some = ", ".join(sorted({repr(product_ids[position]) for position in unknown})[:3])
+
+    # Shared parts of the above
+
+    def _commit(self, columns, change, count, content):
+        """Takes over new columns as a new version, all at once."""
+        last = self.history[-1] if self.history else {"id": "", "withdrawn_log": 0, "popularity_log": 0}
+        base = self.history[self.oldest_version - 1] if self.history else last
+        entry = {
+            "version": self.version + 1,
+            "change": change,
+            "count": count,
+            "products": len(columns["product_sids"]),
+            "sids": len(columns["sid_codes"]),
+            "withdrawn": int(columns["product_withdrawn"].sum()),
+            # Counted from the first version on, whatever was forgotten since.
+            "withdrawn_log": base["withdrawn_log"] + len(columns["withdrawn_log"]),
+            "popularity_log": base["popularity_log"] + len(columns["popularity_log_rows"]),
+            "id": content_hash(np.frombuffer(f"{last['id']} {change} {content}".encode(), dtype=np.uint8)),
+        }
+        self.columns, self.history, self.file, self._sid_index = columns, [*self.history, entry], None, None
+
+    def _toggle(self, product_ids, change, withdrawn):
+        rows = self._distinct_rows(product_ids)
+        wrong = rows[self.withdrawn[rows] == withdrawn]
+        if len(wrong):
+            state = "withdrawn already" if withdrawn else "not withdrawn"
             raise ValueError(
-                f"{len(unknown)} of {len(product_ids)} product ids are not in the catalog, for instance {some}. Leave them "
-                "out, or build the catalog with them."
+                f"{len(wrong)} of these products are {state}, for instance {self.product_ids(wrong[:1])[0]!r}. Leave them out."
+            )
+        if not len(rows):
+            return
+        after = self.withdrawn.copy()
+        after[rows] = withdrawn
+        log = np.concatenate([self.columns["withdrawn_log"], rows.astype(row_type(len(self)))])
+        columns = regrouped(self.columns | {"product_withdrawn": after, "withdrawn_log": log})
+        self._commit(columns, change, len(rows), content_hash(rows))
+
+    def _distinct_rows(self, product_ids):
+        rows = self.product_rows(product_ids)
+        if len(np.unique(rows)) < len(rows):
+            ordered = np.sort(rows)
+            twice = ordered[1:][ordered[1:] == ordered[:-1]][:1]
+            raise ValueError(
+                f"{len(rows) - len(np.unique(rows))} products are named more than once, for instance "
+                f"{self.product_ids(twice)[0]!r}. Name each once."
             )
         return rows
 
-    def product_ids(self, product_rows):
-        """
-        Args:
-            product_rows (`np.ndarray`): Shape: (n,).
-
-        Returns:
-            `list[str]`: their ids.
-        """
-        return unpack_strings(self.columns["product_id_bytes"], self.columns["product_id_offsets"], product_rows)
-
-    def texts(self, product_rows):
-        """
-        Args:
-            product_rows (`np.ndarray`): Shape: (n,).
-
-        Returns:
-            `list[str]`: their texts, empty where none was given.
-        """
-        return unpack_strings(self.columns["text_bytes"], self.columns["text_offsets"], product_rows)
-
-    def sid_rows(self, product_rows):
-        """
-        Args:
-            product_rows (`np.ndarray`): Any shape; -1 stays -1.
-
-        Returns:
-            `np.ndarray` (int64): the SID row of each product. Same shape.
-        """
-        product_rows = np.asarray(product_rows)
-        return np.where(product_rows < 0, -1, self.columns["product_sids"][np.maximum(product_rows, 0)]).astype(
-            np.int64
-        )
-
-    def find_sids(self, sid_codes):
-        """
-        Args:
-            sid_codes (`np.ndarray`): Shape: (n, L + 1). As `self.sid_codes`.
-
-        Returns:
-            `np.ndarray` (int64): the row of each SID, -1 where the catalog has none such. Shape: (n,).
-
-        Raises:
-            `ValueError`: if `sid_codes` has another number of columns than the catalog's.
-        """
-        sid_codes = np.asarray(sid_codes)
-        if sid_codes.ndim != 2 or sid_codes.shape[1] != self.num_layers + 1:
+    def _refuse_known(self, product_ids, rows):
+        known = np.flatnonzero(rows >= 0)
+        if len(known):
+            first = rows[known[0]]
+            hint = "restore(...) brings withdrawn products back" if self.withdrawn[first] else "leave them out"
             raise ValueError(
-                f"sid_codes have shape {sid_codes.shape}, expected (n, {self.num_layers + 1}): a column per layer and one "
-                "for the suffix, -1 where a SID has none."
+                f"{len(known)} of {len(rows)} products are in the catalog already, for instance "
+                f"{self.product_ids([first])[0]!r}. Ids are never given twice: {hint}."
             )
-        if self._sid_index is None:
-            keys = _row_keys(self.sid_codes)
-            order = np.argsort(keys, kind="stable")
-            self._sid_index = keys[order], order
-        keys, order = self._sid_index
-        wanted = _row_keys(sid_codes)
-        position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where(keys[position] == wanted, order[position], -1).astype(np.int64)
-
-    def products_of(self, sid_row):
-        """
-        Returns:
-            `np.ndarray` (int64): the product rows that share a SID, most popular first.
-        """
-        start, end = self.columns["sid_offsets"][sid_row : sid_row + 2]
-        return self.columns["sid_products"][start:end].astype(np.int64)
-
-    def expand_sids(self, sid_rows, top_k):
-        """
-        Lists the products of ranked SIDs: SIDs in the order given, products of one SID by popularity.
-
-        Args:
-            sid_rows (`np.ndarray`): Shape: (B, n). -1 where there is none.
-            top_k (`int`):
-                Products to list in each row.
-
-        Returns:
-            `tuple[np.ndarray, np.ndarray]`: product rows, and the position in `sid_rows` that each came from; -1 where a
-            row has fewer products. Shape of both: (B, top_k).
-        """
-        sid_rows = np.asarray(sid_rows, dtype=np.int64)
-        if sid_rows.shape[1] == 0:
-            sid_rows = np.full((len(sid_rows), 1), -1)
-        offsets = self.columns["sid_offsets"]
-        safe = np.maximum(sid_rows, 0)
-        sizes = np.where(sid_rows < 0, 0, offsets[safe + 1] - offsets[safe])
-        ends = np.cumsum(sizes, axis=1)
-        starts = ends - sizes
-        # Rank r of a row belongs to the last SID with products that starts at r or before.
-        ranks = np.arange(top_k)
-        row, slot = np.nonzero((sizes > 0) & (starts < top_k))
-        positions = np.zeros((len(sid_rows), top_k), dtype=np.int64)
-        positions[row, starts[row, slot]] = slot
-        positions = np.maximum.accumulate(positions, axis=1)
-        valid = ranks < ends[:, -1:]
-        within = ranks - np.take_along_axis(starts, positions, axis=1)
-        index = np.take_along_axis(offsets[safe], positions, axis=1) + within
-        products = self.columns["sid_products"][np.where(valid, index, 0)].astype(np.int64)
-        return np.where(valid, products, -1), np.where(valid, positions, -1)
-
-    def lengths(self):
-        """Codes per SID, suffix included. Shape: (S,)."""
-        return (self.sid_codes >= 0).sum(1)
-
-    def save(self, path):
-        """
-        Writes the catalog into one safetensors file, whole or not at all.
-
-        Args:
-            path (`str`):
-                File name, by convention `sid_catalog.safetensors`.
-        """
-        config = {
-            "format_version": FORMAT_VERSION,
-            "codebook_sizes": self.codebook_sizes,
-            "suffix_size": self.suffix_size,
-            "pruning": self.pruning.to_dict(),
-        }
-        write_tensors(path, self.columns, config)
-
-    @classmethod
-    def load(cls, path):
-        """
-        Opens a file of [`~ProductCatalog.save`], memory-mapped.
-
-        Raises:
-            `ValueError`: if the file is truncated, of another format version, or its columns do not fit together.
-        """
-        tensors, config = read_tensors(path, COLUMNS)
-        if config.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"The catalog has format version {config.get('format_version')}, this version of rqsid reads "
-                f"{FORMAT_VERSION}. Build it again, or install the version that wrote it."
-            )
-        missing = [key for key in ("codebook_sizes", "pruning", "suffix_size") if key not in config]
-        if missing:
-            raise ValueError(f"The catalog lacks {', '.join(missing)}: it was edited. Save or download it again.")
-        catalog = cls(
-            {name: tensor.numpy() for name, tensor in tensors.items()},
-            config["codebook_sizes"],
-            TokenPruning.from_dict(config["pruning"]),
-            config["suffix_size"],
-        )
-        catalog._check_columns()
-        return catalog
-
-    def _check_columns(self):
-        columns, num_products, num_sids = self.columns, len(self), self.num_sids
-        shapes = {
-            "product_id_offsets": (num_products + 1,),
-            "product_id_hashes": (num_products,),
-            "product_id_order": (num_products,),
-            "text_offsets": (num_products + 1,),
-            "product_codes": (num_products, self.num_layers),
-            "popularity": (num_products,),
-            "sid_codes": (num_sids, self.num_layers + 1),
-            "sid_offsets": (num_sids + 1,),
-            "sid_products": (num_products,),
-        }
-        for name, shape in shapes.items():
-            if columns[name].shape != shape:
-                raise ValueError(f"Column {name} of the catalog has shape {columns[name].shape}, expected {shape}.")
-        for name in COLUMNS:
-            if name != "popularity" and columns[name].dtype.kind not in "iu":
-                raise ValueError(f"Column {name} of the catalog holds {columns[name].dtype}, expected integers.")
-        bounds = {
-            "product_id_order": (0, num_products),
-            "product_sids": (0, num_sids),
-            "sid_products": (0, num_products),
-        }
-        for name, (low, high) in bounds.items():
-            column = columns[name]
-            if len(column) and (column.min() < low or column.max() >= high):
-                raise ValueError(f"Column {name} of the catalog points outside [{low}, {high}): the file was edited.")
-        for name, end in (
-            ("product_id_offsets", len(columns["product_id_bytes"])),
-            ("text_offsets", len(columns["text_bytes"])),
-            ("sid_offsets", num_products),
-        ):
-            offsets = columns[name]
-            if offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
-                raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}.")
-        check_codes(columns["product_codes"], self.codebook_sizes)
-        check_codes(columns["sid_codes"], [*self.codebook_sizes, max(1, self.suffix_size)])
-        kept = [
-            layer for layer in range(self.num_layers) if not self.pruning.num_pruned or layer != self.pruning.layer
-        ]
-        if (columns["sid_codes"][:, kept] < 0).any():
-            raise ValueError(
-                "Column sid_codes of the catalog holds absent codes in a layer that is not pruned, so that one SID could be "
-                "the beginning of another: the file was edited."
-            )
-
-    def __repr__(self):
-        return f"ProductCatalog({len(self)} products, {self.num_sids} SIDs, {self.pruning!r})"
-
-
-def _group(sids, popularity):
-    """
-    Returns for each product the rank of its SID in lexicographic order and its own rank within the SID by popularity.
-    Shape of both: (N,).
-    """
-    order = np.lexsort((-popularity, *sids.T[::-1]))
-    ordered = sids[order]
-    is_first = np.concatenate(([True], (ordered[1:] != ordered[:-1]).any(1)))
-    group_of_ordered = np.cumsum(is_first) - 1
-    starts = np.flatnonzero(is_first)
-    group = np.empty(len(sids), dtype=np.int64)
-    rank = np.empty(len(sids), dtype=np.int64)
-    group[order] = group_of_ordered
-    rank[order] = np.arange(len(sids)) - starts[group_of_ordered]
-    return group, rank
-
-
-def _row_keys(rows):
-    # Rows as byte strings of one width: exact to compare, whatever the number of layers and codes.
-    return np.ascontiguousarray(rows, dtype=np.int32).view(f"S{4 * rows.shape[1]}").ravel()

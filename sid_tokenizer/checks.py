@@ -1,6 +1,12 @@
 """Checks of arrays that several stations take."""
 
 import numpy as np
+import torch
+
+
+def as_numpy(array):
+    """A tensor or anything array-like as a numpy array."""
+    return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
 
 
 def check_codes(codes, codebook_sizes):

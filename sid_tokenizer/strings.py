@@ -4,36 +4,15 @@ import numpy as np
 
 HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 CHUNK_STRINGS = 1_000_000
-
-
-def check_product_ids(product_ids):
-    """
-    Raises:
-        `TypeError`: if an id is not a string.
-        `ValueError`: if there is none, one is empty, cannot be written as UTF-8, or appears twice.
-    """
-    if isinstance(product_ids, str):
-        raise TypeError("product_ids must be a list of strings, got a single string.")
-    if len(product_ids) == 0:
-        raise ValueError("product_ids is empty: a catalog needs at least one product.")
-    for row, product_id in enumerate(product_ids):
-        if not isinstance(product_id, str):
-            raise TypeError(
-                f"Product id {product_id!r} (row {row}) is {type(product_id).__name__}; convert ids to str."
-            )
-        if not product_id:
-            raise ValueError(f"Product id in row {row} is empty. Give every product an id.")
-    if len(set(product_ids)) != len(product_ids):
-        seen = set()
-        duplicate = next(product_id for product_id in product_ids if product_id in seen or seen.add(product_id))
-        raise ValueError(
-            f"Product id {duplicate!r} appears more than once ({len(product_ids) - len(set(product_ids))} duplicates in "
-            "all). Keep one row per product."
-        )
+MAX_ID_BYTES = 1024
 
 
 def pack_strings(strings):
     """
+    Args:
+        strings (`list[str]`, `np.ndarray` of strings or `pyarrow` array of strings):
+            The column. The bytes of an Arrow array are taken as they lie.
+
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the UTF-8 bytes of all strings end to end (uint8, shape (total,)), and where each
         begins (int64, shape (n + 1,)).
@@ -42,18 +21,84 @@ def pack_strings(strings):
         `TypeError`: if an entry is not a string.
         `ValueError`: if a string cannot be written as UTF-8 (a lone surrogate).
     """
-    for string in strings:
-        if not isinstance(string, str):
-            raise TypeError(
-                f"{string!r} is {type(string).__name__}, not a string. Convert it, or pass an empty string."
-            )
+    if _is_arrow(strings):
+        return _pack_arrow(strings)
+    if isinstance(strings, np.ndarray):
+        strings = strings.tolist()
     try:
-        encoded = [string.encode() for string in strings]
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{error.object!r} cannot be written as UTF-8 ({error.reason}). Clean the text.") from None
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(string) for string in encoded], out=offsets[1:])
-    return np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(), offsets
+        joined = "".join(strings)
+    except TypeError:
+        row, string = next((row, string) for row, string in enumerate(strings) if not isinstance(string, str))
+        raise TypeError(
+            f"{string!r} (row {row}) is {type(string).__name__}, not a string. Convert it, for instance with "
+            "column.astype(str)."
+        ) from None
+    lengths = np.fromiter(map(len, strings), dtype=np.int64, count=len(strings))
+    try:
+        packed = joined.encode()
+        if len(packed) > len(joined):  # not ASCII alone, so that characters and bytes differ
+            lengths = np.fromiter((len(string.encode()) for string in strings), dtype=np.int64, count=len(strings))
+    except UnicodeEncodeError:
+        bad = next(string for string in strings if any("\ud800" <= character <= "\udfff" for character in string))
+        raise ValueError(f"{bad!r} cannot be written as UTF-8 (surrogates not allowed). Clean the text.") from None
+    return np.frombuffer(packed, dtype=np.uint8).copy(), _offsets_of(lengths)
+
+
+def pack_product_ids(product_ids):
+    """
+    As [`pack_strings`], for ids: none may be empty or longer than 1,024 bytes.
+
+    Raises:
+        `TypeError`: if the ids are a single string or one is not a string.
+        `ValueError`: if there is none, or one is empty, too long or not UTF-8.
+    """
+    if isinstance(product_ids, str | bytes):
+        raise TypeError("product_ids must be a list of strings, got a single string.")
+    if len(product_ids) == 0:
+        raise ValueError("product_ids is empty: a catalog needs at least one product.")
+    packed, offsets = pack_strings(product_ids)
+    lengths = np.diff(offsets)
+    if lengths.min() == 0:
+        raise ValueError(f"Product id in row {int(lengths.argmin())} is empty. Give every product an id.")
+    if lengths.max() > MAX_ID_BYTES:
+        raise ValueError(
+            f"Product id in row {int(lengths.argmax())} takes {int(lengths.max())} bytes of UTF-8, more than the "
+            f"{MAX_ID_BYTES} that an id may have. Use a shorter key, and keep long text in texts."
+        )
+    return packed, offsets
+
+
+def index_strings(packed, offsets):
+    """
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the hashes of all strings, ascending, and the row of each. Shape of both: (n,).
+
+    Raises:
+        `ValueError`: if a string appears twice.
+    """
+    hashes = hash_rows(packed, offsets)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    # Equal strings have equal hashes and so lie in one run; runs are short, and the rows of one ascend.
+    gap = 1
+    num_duplicates, first = 0, None
+    same = np.flatnonzero(hashes[1:] == hashes[:-1])
+    while len(same):
+        equal = _equal_rows(packed, offsets, order[same], packed, offsets, order[same + gap])
+        num_duplicates += int(equal.sum())
+        if equal.any() and first is None:
+            first = int(order[same[equal][0]])
+        gap += 1
+        same = same[same + gap < len(hashes)]
+        same = same[hashes[same + gap] == hashes[same]]
+        if num_duplicates:
+            break
+    if num_duplicates:
+        raise ValueError(
+            f"Product id {unpack_strings(packed, offsets, [first])[0]!r} appears more than once ({num_duplicates} repetitions "
+            "in all). Keep one row per product."
+        )
+    return hashes, order
 
 
 def unpack_strings(packed, offsets, rows):
@@ -100,7 +145,7 @@ def search_strings(strings, packed, offsets, sorted_hashes, order):
     Looks strings up in a column with a hash index.
 
     Args:
-        strings (`list[str]`):
+        strings (`list[str]`, `np.ndarray` of strings or `pyarrow` array of strings):
             What to look up.
         packed, offsets (`np.ndarray`):
             The column, as [`pack_strings`] made it.
@@ -110,19 +155,18 @@ def search_strings(strings, packed, offsets, sorted_hashes, order):
     Returns:
         `np.ndarray` (int64): the row of each string, -1 if the column does not hold it.
     """
-    if isinstance(strings, str):
+    if isinstance(strings, str | bytes):
         raise TypeError(f"Product ids must be a list of strings, got the single string {strings!r}.")
-    for string in strings:
-        if not isinstance(string, str):
-            raise TypeError(
-                f"Product id {string!r} is {type(string).__name__}, not str. Convert ids first, for instance with "
-                "column.astype(str)."
-            )
-    wanted, wanted_offsets = pack_strings(strings)
+    return search_packed(*pack_strings(strings), packed, offsets, sorted_hashes, order)
+
+
+def search_packed(wanted, wanted_offsets, packed, offsets, sorted_hashes, order):
+    """As [`search_strings`], for strings that are packed already."""
     hashes = hash_rows(wanted, wanted_offsets)
-    rows = np.full(len(strings), -1, dtype=np.int64)
-    open_queries = np.arange(len(strings))
-    positions = np.searchsorted(sorted_hashes, hashes)
+    rows = np.full(len(hashes), -1, dtype=np.int64)
+    # In ascending order, neighbouring searches take the same path through memory: eight times faster at ten million.
+    open_queries = np.argsort(hashes)
+    positions = np.searchsorted(sorted_hashes, hashes[open_queries])
     while len(open_queries):
         # Only queries that still face an entry of their own hash go on; almost all are settled in the first round.
         in_range = positions < len(sorted_hashes)
@@ -134,6 +178,16 @@ def search_strings(strings, packed, offsets, sorted_hashes, order):
         rows[open_queries[equal]] = candidates[equal]
         open_queries, positions = open_queries[~equal], positions[~equal] + 1
     return rows
+
+
+def take_strings(packed, offsets, rows):
+    """
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: bytes and offsets of the given rows, as [`pack_strings`].
+    """
+    lengths = offsets[rows + 1] - offsets[rows]
+    taken = _offsets_of(lengths)
+    return packed[np.repeat(offsets[rows] - taken[:-1], lengths) + np.arange(taken[-1])], taken
 
 
 def _equal_rows(left, left_offsets, left_rows, right, right_offsets, right_rows):
@@ -148,3 +202,36 @@ def _equal_rows(left, left_offsets, left_rows, right, right_offsets, right_rows)
         right_bytes = right[np.repeat(right_offsets[right_rows[same]], spans) + within]
         equal[same] = np.logical_and.reduceat(left_bytes == right_bytes, starts)
     return equal
+
+
+def _offsets_of(lengths):
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _is_arrow(strings):
+    return type(strings).__module__.split(".")[0] == "pyarrow"
+
+
+def _pack_arrow(strings):
+    if str(strings.type) not in ("string", "large_string"):
+        raise TypeError(f"The Arrow column holds {strings.type}, not strings. Cast it: column.cast(pyarrow.string()).")
+    if strings.null_count:
+        raise TypeError(f"{strings.null_count} rows of the Arrow column are null, not strings. Fill or drop them.")
+    chunks = strings.chunks if hasattr(strings, "chunks") else [strings]
+    parts, lengths = [np.zeros(0, dtype=np.uint8)], [np.zeros(0, dtype=np.int64)]
+    for chunk in chunks:
+        try:
+            chunk.validate(full=True)
+        except ValueError as error:  # ArrowInvalid is one
+            raise ValueError(f"The Arrow column is not valid ({error}). Clean the text: it must be UTF-8.") from None
+        width = np.int64 if str(chunk.type) == "large_string" else np.int32
+        _, bounds, data = chunk.buffers()
+        if len(chunk) == 0:
+            continue
+        bounds = np.frombuffer(bounds, dtype=width)[chunk.offset : chunk.offset + len(chunk) + 1].astype(np.int64)
+        if data is not None:
+            parts.append(np.frombuffer(data, dtype=np.uint8)[bounds[0] : bounds[-1]])
+        lengths.append(np.diff(bounds))
+    return np.concatenate(parts), _offsets_of(np.concatenate(lengths))

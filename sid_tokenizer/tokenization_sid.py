@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterable
 from itertools import chain
 from json import JSONDecodeError
@@ -21,9 +22,12 @@ from .bundle import (
     read_manifest,
     write_bundle,
 )
+from .catalog_file import note_path
+from .codebook_version import check_quantizer
 from .files import check_file
 from .prompts import PromptTemplate
 from .sid_tokens import TOKEN_FORMAT, layer_tokens
+from .staged_save import recovered, staged_save
 from .text_encoding import TextEncoder
 
 
@@ -92,13 +96,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.token_format = sid_parts["token_format"]
         self.layer_order = sid_parts["layer_order"]
         self.base_size = sid_parts["base_size"]
-        self.history = sid_parts["history"]
         self._index_tokens()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         try:
-            return super().from_pretrained(*args, **kwargs)
+            with recovered(pretrained_model_name_or_path, MANIFEST_FILE, read_manifest) as folder:
+                return super().from_pretrained(folder, *args, **kwargs)
         except JSONDecodeError as error:
             # The files of the bundle are checked and named elsewhere; this one is transformers' own.
             raise ValueError(
@@ -172,6 +176,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             )
         if quantizer is not None and len(quantizer.codebooks) == 0:
             raise ValueError("The quantizer is not fitted. Call fit(embeddings) first, or leave it out.")
+        if quantizer is not None:
+            check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
         layer_order = check_layer_order(layer_order, catalog)
 
         backend = copy.deepcopy(base.backend_tokenizer)
@@ -213,7 +219,6 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 "layer_order": layer_order,
                 "base_size": len(base),
                 "special_tokens": {"eos_token": base.eos_token},
-                "history": [{"version": 1, "products": len(catalog), "sids": catalog.num_sids}],
             },
             **base.special_tokens_map,
             extra_special_tokens=list(base.extra_special_tokens),
@@ -246,7 +251,6 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         for layer, ids in enumerate(self._layer_token_ids):
             self._token_layer[ids] = layer
             self._token_code[ids] = np.arange(len(ids))
-        self._max_sid_length = int(self.catalog.lengths().max())
         # What is made on first use. The name is one that datasets leaves out of a tokenizer's hash, which would otherwise
         # change with use, and with it the fingerprint of every `map`.
         self.cache = {}
@@ -257,7 +261,16 @@ class SIDTokenizer(PreTrainedTokenizerFast):
     @property
     def max_sid_length(self):
         """Tokens of the longest SID, without the end token."""
-        return self._max_sid_length
+        version, length = self.cache.get("max_sid_length", (None, None))
+        if version != self.catalog.version:
+            version, length = self.catalog.version, int(self.catalog.lengths().max())
+            self.cache["max_sid_length"] = version, length
+        return length
+
+    @property
+    def history(self):
+        """What each version of the catalog changed, the first first."""
+        return self.catalog.history
 
     def layer_token_ids(self):
         """
@@ -283,7 +296,10 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         """
         if "fingerprint" not in self.cache:
             digest = hashlib.sha256(np.concatenate(self._layer_token_ids).tobytes())
-            if self.quantizer is not None:
+            if self.quantizer is None:
+                # Nothing but the products tells an imported index from another; those appended later are no part of this.
+                digest.update(self.catalog.history[0]["id"].encode())
+            else:
                 for codebook in self.quantizer.codebooks:
                     digest.update(codebook.detach().float().cpu().numpy().tobytes())
             self.cache["fingerprint"] = digest.hexdigest()[:16]
@@ -346,7 +362,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 The tokens of one SID or several; end and padding tokens behind a SID are ignored.
 
         Returns:
-            `list[str]` or `list[list[str]]`: the products that share each SID, most popular first.
+            `list[str]` or `list[list[str]]`: the products that share each SID, most popular first, without those withdrawn.
 
         Raises:
             `ValueError`: if the tokens are no SID of the catalog.
@@ -502,6 +518,25 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             num_truncated.append(len(sids) - kept)
             prompts.append(before + [token for sid in sids[len(sids) - kept :] for token in sid] + after)
         return {"input_ids": prompts, "num_truncated": num_truncated}
+
+    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
+        """
+        As `PreTrainedTokenizerFast.save_pretrained`. If the save dies half-way, the folder still loads as it was. A catalog that
+        has not changed since it was loaded or last saved is linked, not written again.
+
+        Raises:
+            `ValueError`: if the folder holds changes to this catalog that it does not know, because somebody else saved them in
+                the meantime.
+        """
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "token") if name in kwargs}
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file. Pass a folder.")
+        with staged_save(save_directory, self.catalog, CATALOG_FILE, MANIFEST_FILE, read_manifest) as staging:
+            saved = super().save_pretrained(staging, *args, **kwargs)
+        note_path(self.catalog, os.path.join(staging, CATALOG_FILE), os.path.join(save_directory, CATALOG_FILE))
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
+        return tuple(os.path.join(save_directory, os.path.relpath(path, staging)) for path in saved)
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
         if filename_prefix:

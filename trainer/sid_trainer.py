@@ -207,8 +207,9 @@ class SIDTrainer(Trainer):
             )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
-        if self._trie is None:
-            self._trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
+        version = self.processing_class.catalog.version
+        if self._trie is None or self._trie[0] != version:
+            self._trie = version, SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
         with self.compute_loss_context_manager():
             num_beams = self.args.eval_num_beams or default_num_beams(top_k)
             rows_at_once = max(1, MAX_LOGITS // (num_beams * self.model.config.get_text_config().vocab_size))
@@ -217,7 +218,7 @@ class SIDTrainer(Trainer):
                     self.accelerator.unwrap_model(model),
                     some_prompts,
                     some_mask,
-                    self._trie,
+                    self._trie[1],
                     num_beams=num_beams,
                     num_return=top_k,
                     normalize=self.args.eval_normalize,

@@ -24,6 +24,9 @@ class StubCatalog:
                 products[row, rank], positions[row, rank] = product, at
         return products, positions
 
+    def live_sid_rows(self):
+        return np.arange(self.num_sids)
+
     def product_ids(self, product_rows):
         return [f"p{row}" for row in product_rows]
 

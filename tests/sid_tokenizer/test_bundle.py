@@ -281,7 +281,7 @@ def test_tokenizer_without_one_sid_token_that_the_manifest_vouches_for(folder):
     assert_refused(folder, "tokenizer.json lacks some of the catalog's SID tokens")
 
 
-STEPS = ["write_tensors", "write_json", "file_entry", "checksum"]
+STEPS = ["write_tensors", "write_catalog", "write_json", "file_entry", "checksum"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -295,22 +295,23 @@ def test_failing_save_leaves_no_manifest(folder, tmp_path, monkeypatch, step):
     with pytest.raises(OSError, match="No space left"):
         tokenizer.save_pretrained(tmp_path / "fresh")
     monkeypatch.undo()
-    assert not (tmp_path / "fresh" / "sid_manifest.json").exists()
-    assert not list((tmp_path / "fresh").glob("*.tmp"))
-    assert_refused(tmp_path / "fresh", "sid_manifest.json", "did not finish")
+    assert list((tmp_path / "fresh").iterdir()) == []
 
 
-def test_failing_save_over_another_bundle_is_seen(bundles, folder, monkeypatch):
+@pytest.mark.parametrize("step", STEPS)
+def test_failing_save_over_another_bundle_leaves_it(bundles, folder, monkeypatch, step):
     tokenizer = SIDTokenizer.from_pretrained(bundles[1])
 
-    def full_disk(path, content):
+    def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle, "write_json", full_disk)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(bundle, step, full_disk)
     with pytest.raises(OSError, match="No space left"):
         tokenizer.save_pretrained(folder)
     monkeypatch.undo()
-    assert_refused(folder, "manifest", "belongs to another save")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    SIDTokenizer.from_pretrained(folder)
 
 
 def test_saving_with_a_prefix_is_refused(folder, tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rqsid.sid_tokenizer import strings as strings_module
-from rqsid.sid_tokenizer.strings import check_product_ids, hash_rows, pack_strings, search_strings, unpack_strings
+from rqsid.sid_tokenizer.strings import hash_rows, index_strings, pack_product_ids, pack_strings, search_strings, unpack_strings
 
 # Everything that UTF-8 can hold: NUL, combining marks, other planes, right-to-left; no lone surrogates.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -85,7 +85,7 @@ def test_search_in_bulk():
 
 @pytest.mark.parametrize("wanted", ["a", ["a", 1], [None], [b"a"]])
 def test_search_of_other_than_a_list_of_strings(wanted):
-    with pytest.raises(TypeError, match="not str|list of strings"):
+    with pytest.raises(TypeError, match="not a string|list of strings"):
         search_strings(wanted, *index(["a"]))
 
 
@@ -94,15 +94,15 @@ def test_search_of_other_than_a_list_of_strings(wanted):
     [
         ([], ValueError, "at least one product"),
         ("B001", TypeError, "single string"),
-        (["a", 5], TypeError, r"5 \(row 1\) is int.*convert"),
+        (["a", 5], TypeError, r"5 \(row 1\) is int.*Convert"),
         (["a", None], TypeError, "None"),
         (["a", ""], ValueError, "row 1 is empty"),
-        (["a", "b", "c", "b", "b"], ValueError, r"'b' appears more than once \(2 duplicates"),
+        (["a", "b", "c", "b", "b"], ValueError, r"'b' appears more than once \(2 repetitions"),
     ],
 )
 def test_bad_product_ids(ids, error, message):
     with pytest.raises(error, match=message):
-        check_product_ids(ids)
+        index_strings(*pack_product_ids(ids))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,276 @@
+"""One file per catalog: written whole or not at all, never over somebody else's changes, and linked where nothing changed."""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .catalog_columns import COLUMNS
+from .checks import check_codes
+from .files import read_tensors, write_tensors
+from .pruning import TokenPruning
+
+FORMAT_VERSION = 2
+CONFIG = ("codebook_sizes", "suffix_size", "collisions", "capacity", "codebook_version", "history", "oldest_version")
+
+
+def save_catalog(catalog, path, overwrite=False):
+    """See [`ProductCatalog.save`]."""
+    with lock_folder(os.path.dirname(os.path.abspath(path))):
+        if not overwrite:
+            check_successor(catalog, path)
+        write_catalog(catalog, path)
+
+
+def write_catalog(catalog, path):
+    """Writes the file, or links it to one that the catalog was read from or written to; nothing is checked."""
+    path = os.path.abspath(path)
+    source = unchanged_file(catalog)
+    if source is None:
+        config = {name: getattr(catalog, name) for name in CONFIG}
+        config |= {"format_version": FORMAT_VERSION, "pruning": catalog.pruning.to_dict()}
+        write_tensors(path, catalog.columns, config)
+        catalog.file = describe(path)
+        return
+    if not (os.path.exists(path) and os.path.samefile(source, path)):
+        _link(source, path)
+    linked = describe(path)
+    if linked["inode"] == catalog.file["inode"]:
+        # Any of them may be deleted, a checkpoint for instance; those that remain are the same file.
+        paths = [other for other in catalog.file["paths"] if other != path]
+        catalog.file = catalog.file | {"paths": [*paths[:1], *paths[1:][-6:], path]}
+
+
+def unchanged_file(catalog):
+    """A path to the file that holds exactly this catalog, or `None`."""
+    for path in reversed(catalog.file["paths"] if catalog.file else []):
+        try:
+            found = describe(path)
+        except OSError:
+            continue
+        if all(catalog.file[key] == found[key] for key in ("bytes", "time", "inode", "device")):
+            return path
+    return None
+
+
+def note_path(catalog, old, new):
+    """Notes that the catalog's file was given another name."""
+    if catalog.file is not None:
+        old, new = os.path.abspath(old), os.path.abspath(new)
+        paths = [path for path in catalog.file["paths"] if path not in (old, new)]
+        catalog.file = catalog.file | {"paths": [*paths, new]}
+
+
+def check_successor(catalog, path):
+    """
+    Raises:
+        `ValueError`: if the file at `path` holds changes to this catalog that it does not know.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            config = json.loads((file.metadata() or {})["config"])
+        there = [entry["id"] for entry in config["history"]]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return  # no catalog, or a damaged one: nothing that could be lost
+    ours = [entry["id"] for entry in catalog.history]
+    if not there or not ours or there[0] != ours[0] or there[-1] in ours:
+        return
+    what = (
+        f"version {len(there)} of this catalog, and this is version {len(ours)}"
+        if ours[-1] in there
+        else f"other changes to this catalog since version {_common(there, ours)}"
+    )
+    raise ValueError(
+        f"{path} holds {what}: somebody saved it in the meantime, and saving would undo that. Load it, make your changes "
+        "again and save, or save elsewhere."
+    )
+
+
+def load_catalog(cls, path):
+    """See [`ProductCatalog.load`]."""
+    tensors, config = read_tensors(path, COLUMNS)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"The catalog has format version {config.get('format_version')}, this version of rqsid reads "
+            f"{FORMAT_VERSION}. Build it again, or install the version that wrote it."
+        )
+    missing = [key for key in (*CONFIG, "pruning") if key not in config]
+    if missing:
+        raise ValueError(f"The catalog lacks {', '.join(missing)}: it was edited. Save or download it again.")
+    columns = {name: tensor.numpy() for name, tensor in tensors.items()}
+    catalog = cls(columns, config["codebook_sizes"], TokenPruning.from_dict(config["pruning"]))
+    for name in CONFIG:
+        setattr(catalog, name, config[name])
+    _check_history(catalog)
+    _check_columns(catalog)
+    catalog.file = describe(path)
+    return catalog
+
+
+def pickle_by_file(catalog):
+    """
+    What `__reduce__` returns for a catalog that lies in a file: another process on this machine maps the same file, rather
+    than being sent all columns; `None` for one that does not.
+    """
+    path = unchanged_file(catalog)
+    if path is None:
+        return None
+    return _load_unchanged, (type(catalog), path, catalog.file["bytes"], catalog.file["time"])
+
+
+def _load_unchanged(cls, path, size, time):
+    found = describe(path) if os.path.exists(path) else {}
+    if (found.get("bytes"), found.get("time")) != (size, time):
+        raise ValueError(
+            f"{path}, which a pickled catalog refers to, is gone or has changed since. Load the catalog itself."
+        )
+    return load_catalog(cls, path)
+
+
+@contextmanager
+def lock_folder(folder):
+    """
+    Keeps other processes that save catalogs to this folder waiting. The lock goes with the process, however it ends. Where
+    the system has no such locks (Windows), two processes that save in the same instant are not told of each other.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def describe(path):
+    """What tells a file from another, and from what it was before."""
+    path = os.path.abspath(path)
+    stat = os.stat(path)
+    return {
+        "paths": [path],
+        "bytes": stat.st_size,
+        "time": stat.st_mtime_ns,
+        "inode": stat.st_ino,
+        "device": stat.st_dev,
+    }
+
+
+def _link(source, path):
+    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".tmp", dir=os.path.dirname(path))
+    os.close(handle)
+    os.remove(temporary)
+    try:
+        # Not to a file behind a symbolic link, as the Hub's cache has them: who edits the copy must not change the cache.
+        if os.path.islink(source):
+            raise OSError
+        os.link(source, temporary)
+    except OSError:
+        # Another disk, or one that knows no links.
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _common(there, ours):
+    return sum(first == second for first, second in zip(there, ours, strict=False))
+
+
+def _check_history(catalog):
+    sizes, history = catalog.codebook_sizes, catalog.history
+    counts = ("version", "count", "products", "sids", "withdrawn", "withdrawn_log", "popularity_log")
+    good = (
+        isinstance(sizes, list)
+        and len(sizes) > 0
+        and all(type(size) is int and size > 0 for size in sizes)
+        and type(catalog.suffix_size) is int
+        and catalog.suffix_size >= 0
+        and type(catalog.capacity) is int
+        and isinstance(history, list)
+        and len(history) > 0
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("id"), str)
+            and all(type(entry.get(key)) is int and entry[key] >= 0 for key in counts)
+            for entry in history
+        )
+        and type(catalog.oldest_version) is int
+        and 1 <= catalog.oldest_version <= len(history)
+        and history[-1]["products"] == len(catalog)
+        and history[-1]["sids"] == catalog.num_sids
+        and catalog.pruning.codebook_sizes == sizes
+    )
+    if not good:
+        raise ValueError(
+            "The catalog's configuration does not fit its columns: the file was edited. Save or download it again."
+        )
+
+
+def _check_columns(catalog):
+    columns, num_products, num_sids = catalog.columns, len(catalog), catalog.num_sids
+    num_listed, num_changes = len(columns["sid_products"]), len(columns["popularity_log_rows"])
+    base, last = catalog.history[catalog.oldest_version - 1], catalog.history[-1]
+    shapes = {
+        "product_id_offsets": (num_products + 1,),
+        "product_id_hashes": (num_products,),
+        "product_id_order": (num_products,),
+        "product_codes": (num_products, catalog.num_layers),
+        "product_sids": (num_products,),
+        "product_withdrawn": (num_products,),
+        "popularity": (num_products,),
+        "sid_codes": (num_sids, catalog.num_layers + 1),
+        "sid_order": (num_sids,),
+        "sid_offsets": (num_sids + 1,),
+        "sid_products": (num_listed,),
+        "withdrawn_log": (last["withdrawn_log"] - base["withdrawn_log"],),
+        "popularity_log_rows": (last["popularity_log"] - base["popularity_log"],),
+        "popularity_log_values": (num_changes,),
+    }
+    if len(columns["text_offsets"]) != 1:
+        shapes["text_offsets"] = (num_products + 1,)
+    for name, shape in shapes.items():
+        if columns[name].shape != shape:
+            raise ValueError(f"Column {name} of the catalog has shape {columns[name].shape}, expected {shape}.")
+    kinds = {"popularity": "f", "popularity_log_values": "f", "product_withdrawn": "b"}
+    for name in COLUMNS:
+        if columns[name].dtype.kind not in kinds.get(name, "iu"):
+            raise ValueError(f"Column {name} of the catalog holds {columns[name].dtype}: the file was edited.")
+    if num_listed != num_products - int(columns["product_withdrawn"].sum()):
+        raise ValueError("Column sid_products of the catalog does not list the products that are not withdrawn.")
+    ends = {"product_id_order": num_products, "product_sids": num_sids, "sid_order": num_sids}
+    ends |= {"sid_products": num_products, "withdrawn_log": num_products, "popularity_log_rows": num_products}
+    for name, end in ends.items():
+        column = columns[name]
+        if len(column) and (column.min() < 0 or column.max() >= end):
+            raise ValueError(f"Column {name} of the catalog points outside [0, {end}): the file was edited.")
+    for name, end in (
+        ("product_id_offsets", len(columns["product_id_bytes"])),
+        ("text_offsets", len(columns["text_bytes"])),
+        ("sid_offsets", num_listed),
+    ):
+        offsets = columns[name]
+        if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}.")
+    check_codes(columns["product_codes"], catalog.codebook_sizes)
+    check_codes(columns["sid_codes"], [*catalog.codebook_sizes, max(1, catalog.suffix_size)])
+    kept = np.array(
+        [
+            layer
+            for layer in range(catalog.num_layers)
+            if not catalog.pruning.num_pruned or layer != catalog.pruning.layer
+        ],
+        dtype=int,
+    )
+    if any((columns["sid_codes"][:, layer] < 0).any() for layer in kept):
+        raise ValueError(
+            "Column sid_codes of the catalog holds absent codes in a layer that is not pruned, so that one SID could be "
+            "the beginning of another: the file was edited."
+        )
