@@ -115,28 +115,32 @@ def unpack_strings(packed, offsets, rows):
 
 def hash_rows(packed, offsets):
     """
-    64-bit polynomial hash of each string: sum of byte_i * m^(i+1) modulo 2^64, then mixed. A lookup compares the strings
-    themselves, so that equal hashes cost time and never a wrong answer.
+    64-bit hash of each string: a polynomial in its 8-byte words and its length modulo 2^64, then mixed. A lookup compares the
+    strings themselves, so that equal hashes cost time and never a wrong answer.
 
     Returns:
         `np.ndarray` (int64): Shape: (n,).
     """
     num_strings = len(offsets) - 1
     hashes = np.zeros(num_strings, dtype=np.uint64)
-    longest = int(np.diff(offsets).max()) if num_strings else 0
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(longest, HASH_MULTIPLIER, dtype=np.uint64))
-        for start in range(0, num_strings, CHUNK_STRINGS):
-            bounds = np.asarray(offsets[start : start + CHUNK_STRINGS + 1])
-            lengths = np.diff(bounds)
-            position = np.arange(bounds[-1] - bounds[0]) - np.repeat(bounds[:-1] - bounds[0], lengths)
-            terms = (packed[bounds[0] : bounds[-1]].astype(np.uint64) + np.uint64(1)) * powers[position]
-            if len(terms):
-                filled = np.flatnonzero(lengths)  # reduceat would give an empty string its neighbour's first term
-                hashes[start + filled] = np.add.reduceat(terms, bounds[filled] - bounds[0])
-        hashes ^= hashes >> np.uint64(32)
-        hashes *= HASH_MULTIPLIER
-        hashes ^= hashes >> np.uint64(29)
+    for start in range(0, num_strings, CHUNK_STRINGS):
+        bounds = np.asarray(offsets[start : start + CHUNK_STRINGS + 1])
+        # Zeros behind the last string, so that a word may be read wherever a string begins or goes on.
+        words = _words(np.concatenate([packed[bounds[0] : bounds[-1]], np.zeros(8, dtype=np.uint8)]))
+        starts, lengths = bounds[:-1] - bounds[0], np.diff(bounds)
+        rows, totals, factor = np.arange(len(lengths)), lengths.astype(np.uint64), 1
+        while len(rows):
+            factor = factor * int(HASH_MULTIPLIER) % 2**64
+            word, left = words[starts[rows]], lengths[rows]
+            cut = left < 8
+            word[cut] &= (np.uint64(1) << (8 * left[cut]).astype(np.uint64)) - np.uint64(1)
+            totals[rows] += word * np.uint64(factor)
+            starts, lengths = starts + 8, lengths - 8
+            rows = rows[left > 8]
+        hashes[start : start + len(totals)] = totals
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= HASH_MULTIPLIER
+    hashes ^= hashes >> np.uint64(29)
     return hashes.view(np.int64)
 
 
@@ -191,17 +195,34 @@ def take_strings(packed, offsets, rows):
 
 
 def _equal_rows(left, left_offsets, left_rows, right, right_offsets, right_rows):
-    lengths = left_offsets[left_rows + 1] - left_offsets[left_rows]
-    equal = lengths == right_offsets[right_rows + 1] - right_offsets[right_rows]
-    same = np.flatnonzero(equal & (lengths > 0))
-    if len(same):
-        spans = lengths[same]
-        starts = np.concatenate(([0], np.cumsum(spans)[:-1]))
-        within = np.arange(spans.sum()) - np.repeat(starts, spans)
-        left_bytes = left[np.repeat(left_offsets[left_rows[same]], spans) + within]
-        right_bytes = right[np.repeat(right_offsets[right_rows[same]], spans) + within]
-        equal[same] = np.logical_and.reduceat(left_bytes == right_bytes, starts)
+    left_starts, right_starts = left_offsets[left_rows], right_offsets[right_rows]
+    lengths = left_offsets[left_rows + 1] - left_starts
+    equal = lengths == right_offsets[right_rows + 1] - right_starts
+
+    # 1. eight bytes at a time; the last word of a string overlaps the one before
+    rows = np.flatnonzero(equal & (lengths >= 8))
+    if len(rows):
+        left_words, right_words, at = _words(left), _words(right), 0
+        while len(rows):
+            offset = np.minimum(at, lengths[rows] - 8)
+            same = left_words[left_starts[rows] + offset] == right_words[right_starts[rows] + offset]
+            equal[rows[~same]] = False
+            at += 8
+            rows = rows[same & (lengths[rows] > at)]
+
+    # 2. shorter strings byte by byte
+    rows, at = np.flatnonzero(equal & (lengths > 0) & (lengths < 8)), 0
+    while len(rows):
+        same = left[left_starts[rows] + at] == right[right_starts[rows] + at]
+        equal[rows[~same]] = False
+        at += 1
+        rows = rows[same & (lengths[rows] > at)]
     return equal
+
+
+def _words(packed):
+    """The eight bytes that begin at each position, as one number. Shape: (total - 7,)."""
+    return np.ndarray((len(packed) - 7,), dtype="<u8", buffer=packed, strides=(1,))
 
 
 def _offsets_of(lengths):
