@@ -24,7 +24,11 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+# Arrow's own allocator keeps what is freed, which would be taken for memory that a catalog reuses.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 import numpy as np
 import pyarrow as pa
@@ -117,7 +121,7 @@ def look_up(path, products):
     """Opens the large catalog and asks for a million products, in random order, from strings and back."""
     number = min(products, 1_000_000)
     wanted_rows = np.random.default_rng(1).integers(0, products, number)
-    ids, codes, _ = make_products(0, products, seed=0)
+    ids, codes = make_products(0, products, seed=0)[:2]
     ids, codes = ids.take(pa.array(wanted_rows)), codes[wanted_rows]
     wanted = ids.to_pylist()
     before = anonymous_bytes()
@@ -218,7 +222,7 @@ def change(path, products):
 
 def compare(folder, products):
     """The smaller catalog beside what people keep in its place."""
-    ids, codes, _ = make_products(0, products, seed=0)
+    ids, codes = make_products(0, products, seed=0)[:2]
     path = folder / "compared.safetensors"
     ProductCatalog.build(ids, codes, SIZES).save(path)
     strings = ids.to_pylist()
@@ -264,8 +268,9 @@ def small_base():
 
 def run_alone(function, threads, *arguments):
     """In a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1, initializer=torch.set_num_threads, initargs=[threads]) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=[threads]) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def judge(result):
