@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast
 from rqsid import ProductCatalog, ResidualQuantizer, ResidualQuantizerConfig, SIDTokenizer, SIDTrie
 from rqsid.sid_tokenizer.catalog_columns import COLUMNS
 from rqsid.sid_tokenizer.files import write_json
-from rqsid.sid_tokenizer.sweep import sweep
+from rqsid.sid_tokenizer.pruning_sweep import sweep
 
 SIZES = [1024, 1024, 1024]
 CATALOG_FILE = "sid_catalog.safetensors"

@@ -2,10 +2,12 @@ from .evaluate_metrics import path as metric_path
 from .modeling import SIDLogitsProcessor, SIDTrie, initialize_sid_rows, search, sid_generation_config
 from .sid_tokenizer import (
     RQVAE,
+    CollisionReport,
     Diagnosis,
     EmbeddingReader,
     ProductCatalog,
     PromptTemplate,
+    PruningSweep,
     ResidualQuantizer,
     ResidualQuantizerConfig,
     RQVAEConfig,
@@ -14,16 +16,22 @@ from .sid_tokenizer import (
     diagnose,
     plot_flow,
     plot_layers,
+    plot_sweep,
+    refit_pruned,
+    split_codes,
+    sweep,
 )
 from .trainer import SIDDataCollator, SIDTrainer, SIDTrainingArguments, tokenize_examples
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CollisionReport",
     "Diagnosis",
     "EmbeddingReader",
     "ProductCatalog",
     "PromptTemplate",
+    "PruningSweep",
     "ResidualQuantizer",
     "ResidualQuantizerConfig",
     "RQVAE",
@@ -40,7 +48,11 @@ __all__ = [
     "metric_path",
     "plot_flow",
     "plot_layers",
+    "plot_sweep",
+    "refit_pruned",
     "search",
     "sid_generation_config",
+    "split_codes",
+    "sweep",
     "tokenize_examples",
 ]

@@ -4,21 +4,16 @@ import os
 from pathlib import Path
 
 from .catalogue_files import align_codes, read_codes, read_product_ids, read_purchases
-from .sid_tokenizer import ResidualQuantizerConfig, TokenPruning, diagnose
+from .pruning_report import find_layer_to_treat, try_remedies, write_remedies, write_sweep
+from .sid_tokenizer import ResidualQuantizerConfig, diagnose
 from .sid_tokenizer.checks import check_codes
 from .sid_tokenizer.embeddings import EmbeddingReader
-from .sid_tokenizer.figures import plot_flow, plot_layers
+from .sid_tokenizer.figures import plot_flow, plot_layers, plot_sweep
 from .sid_tokenizer.files import replace_atomically, write_json
 from .sid_tokenizer.refit import ROWS_PER_CODE, duplicate_share, refit
+from .sid_tokenizer.pruning_sweep import sweep
 
-REMEDIES = (
-    ("prune 1 token", {"strategy": "top_k", "top_k": 1}),
-    ("prune p = .1", {"strategy": "threshold", "threshold": 0.1}),
-    ("prune p = .25", {"strategy": "threshold", "threshold": 0.25}),
-    ("prune p = .5", {"strategy": "threshold", "threshold": 0.5}),
-    ("drop the layer", {"strategy": "drop_layer"}),
-)
-FIGURES = tuple(f"{kind}.{suffix}" for kind in ("layers", "flow") for suffix in ("png", "svg"))
+FIGURES = tuple(f"{kind}.{suffix}" for kind in ("layers", "flow", "sweep") for suffix in ("png", "svg"))
 
 
 def report_catalogue(
@@ -34,8 +29,8 @@ def report_catalogue(
     say=lambda line: None,
 ):
     """
-    Diagnoses a catalog and writes `report.md`, `report.json` and, if matplotlib is there, `layers` and `flow` as `.png`
-    and `.svg`.
+    Diagnoses a catalog and writes `report.md`, `report.json` and, if matplotlib is there, `layers`, `flow` and `sweep` as
+    `.png` and `.svg`.
 
     Args:
         embeddings (`str`, *optional*):
@@ -129,8 +124,13 @@ def report_catalogue(
     # 3. remedies, on the codes that one would go on with: one's own, or else the better ones
     kept, kept_name = (shown, label) if better is None or given is not None else (better, "better training")
     measured = by_items if kept is shown else by_items.better_optimum
-    layer = _layer_to_treat(measured)
-    remedies = [] if layer is None else _try_remedies(kept, sizes, weights, measured, layer, say)
+    layer = find_layer_to_treat(measured)
+    remedies, curve, curve_by_purchases = [], None, None
+    if layer is not None:
+        remedies = try_remedies(kept, sizes, weights, measured, layer, say)
+        say("pruning one token after the other")
+        curve = sweep(kept, sizes, layer)
+        curve_by_purchases = None if weights is None else sweep(kept, sizes, layer, weights)
     verdict = _say_verdict(by_items, label)
     recommendation = _recommend(by_items, by_purchases, measured, kept_name, remedies)
     if by_purchases is not None:
@@ -150,6 +150,8 @@ def report_catalogue(
             plot_layers(drawn, os.path.join(output_dir, f"layers.{suffix}"))
             if len(sizes) > 1:
                 plot_flow(drawn, os.path.join(output_dir, f"flow.{suffix}"))
+            if curve is not None:
+                plot_sweep(curve, os.path.join(output_dir, f"sweep.{suffix}"))
         figures = "![Codes by frequency](layers.png)" + (
             "\n\n![Flow between layers](flow.png)" if len(sizes) > 1 else ""
         )
@@ -182,6 +184,8 @@ def report_catalogue(
         "calls": calls,
         "remedies_of": kept_name,
         "remedies": remedies,
+        "sweep": curve and curve.to_dict(),
+        "sweep_by_purchases": curve_by_purchases and curve_by_purchases.to_dict(),
     }
     write_json(os.path.join(output_dir, "report.json"), content)
     parts = ["# Diagnosis", "", verdict, "", *_write_measures(by_items, by_purchases, label, unknown)]
@@ -189,7 +193,8 @@ def report_catalogue(
         parts += _write_comparison(by_items, by_purchases, label, rows_fitted, calls["better training"])
     parts += ["", figures]
     if remedies:
-        parts += _write_remedies(remedies, by_items.layers[layer].name, kept_name, calls[kept_name])
+        parts += write_remedies(remedies, by_items.layers[layer].name, kept_name, calls[kept_name])
+        parts += write_sweep(curve, curve_by_purchases, figures.startswith("!"))
     parts += ["", "## Recommendation", "", recommendation, ""]
     with replace_atomically(report_path) as temporary:
         Path(temporary).write_text("\n".join(parts), encoding="utf-8")
@@ -202,44 +207,6 @@ def _compare(shown, better, sizes, weights):
     if better is not None:
         diagnosis.better_optimum = diagnose(better, sizes, weights)
     return diagnosis
-
-
-def _layer_to_treat(measured):
-    """The layer with the hourglass, or else the least balanced middle one; `None` if there is none that can be pruned."""
-    if measured.verdict == "hourglass":
-        return measured.verdict_layer
-    middle = measured.layers[1:-1]
-    return min(middle, key=lambda layer: layer.normalized_entropy).layer if middle else None
-
-
-def _try_remedies(codes, sizes, weights, unpruned, layer, say):
-    rows = [_remedy_row("nothing", None, 0, unpruned, None if weights is None else diagnose(codes, sizes, weights))]
-    for name, arguments in REMEDIES:
-        if sizes[layer] == 1 and arguments["strategy"] == "top_k":
-            continue  # the only code of a layer: that is dropping it
-        say(f"trying: {name}")
-        pruning = TokenPruning(layer=layer, **arguments).fit(codes, sizes)
-        pruned = pruning.apply(codes)
-        diagnosis = diagnose(pruned, sizes)
-        weighted = None if weights is None else diagnose(pruned, sizes, weights)
-        written = ", ".join(f"{key}={value!r}" for key, value in {"layer": layer, **arguments}.items())
-        call = f"TokenPruning({written}).fit(codes, {sizes}).apply(codes)"
-        rows.append(_remedy_row(name, call, pruning.num_pruned, diagnosis, weighted))
-    return rows
-
-
-def _remedy_row(name, call, num_pruned, diagnosis, weighted):
-    return {
-        "remedy": name,
-        "call": call,
-        "tokens_pruned": num_pruned,
-        "unique_sids": diagnosis.unique_sids,
-        "collision_rate": diagnosis.collision_rate,
-        "largest_group": diagnosis.largest_group,
-        "mean_length": diagnosis.mean_length,
-        "recall_ceiling": {str(k): value for k, value in diagnosis.recall_ceiling.items()},
-        "recall_ceiling_by_purchases": weighted and {str(k): value for k, value in weighted.recall_ceiling.items()},
-    }
 
 
 def _name_verdict(diagnosis):
@@ -354,23 +321,6 @@ def _write_comparison(found, by_purchases, label, rows_fitted, call):
             "little:",
         ]
     return lines + ["", "```python", call, "```"]
-
-
-def _write_remedies(remedies, layer_name, kept_name, call):
-    weighted = remedies[0]["recall_ceiling_by_purchases"] is not None
-    heads = ["remedy", "tokens pruned", "unique SIDs", "collision rate", "largest group", "mean length"]
-    heads += ["ceiling @1", "@10", "@50"] + (["by purchases @1", "@10", "@50"] if weighted else [])
-    lines = ["", f"## What remedies would cost, layer {layer_name} of {kept_name}", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in remedies:
-        cells = [row["remedy"], row["tokens_pruned"], row["unique_sids"], f"{row['collision_rate']:.4f}"]
-        cells += [row["largest_group"], f"{row['mean_length']:.2f}"]
-        cells += [f"{value:.4f}" for value in row["recall_ceiling"].values()]
-        cells += [f"{value:.4f}" for value in (row["recall_ceiling_by_purchases"] or {}).values()]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "The ceiling is the best item-level recall of a model that always ranks the right SID first."]
-    lines += ["", "```python", "from rqsid import TokenPruning", call, ""]
-    return lines + [f"pruned = {row['call']}  # {row['remedy']}" for row in remedies if row["call"]] + ["```"]
 
 
 def _compare_table(found, label):

@@ -6,7 +6,8 @@ import sys
 DIAGNOSE = """\
 Tell whether a catalog's semantic IDs have an hourglass: a middle layer whose codes are used far less evenly than those
 around it. Writes report.md, report.json and figures (PNG, SVG) that say which layer it is, whether better training of
-the codebooks removes it, and what each remedy would cost.
+the codebooks removes it, and what each remedy would cost, from pruning one token of the layer, which loses nothing, to
+pruning all of them.
 
 With --embeddings alone, codebooks are fitted twice, plainly (random start, nothing moved) and better (under-used codes
 are moved), and compared. With --codes too, your codes are compared with the better ones. With --codes alone, nothing

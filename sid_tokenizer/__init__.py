@@ -1,22 +1,28 @@
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .catalog import ProductCatalog
+from .collisions import CollisionReport
 from .diagnosis import Diagnosis, LayerStatistics, diagnose
 from .embeddings import EmbeddingReader
-from .figures import plot_flow, plot_layers
+from .figures import plot_flow, plot_layers, plot_sweep
 from .prompts import PromptTemplate
 from .pruning import TokenPruning
+from .pruning_sweep import PruningSweep, sweep
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+from .refit_pruned import refit_pruned
 from .rqvae import RQVAE, RQVAEConfig
+from .splitting import split_codes
 from .tokenization_sid import SIDTokenizer
 
 __all__ = [
     "RQVAE",
+    "CollisionReport",
     "Diagnosis",
     "EmbeddingReader",
     "LayerStatistics",
     "ProductCatalog",
     "PromptTemplate",
+    "PruningSweep",
     "RQVAEConfig",
     "ResidualQuantizer",
     "ResidualQuantizerConfig",
@@ -25,6 +31,10 @@ __all__ = [
     "diagnose",
     "plot_flow",
     "plot_layers",
+    "plot_sweep",
+    "refit_pruned",
+    "split_codes",
+    "sweep",
 ]
 
 AutoConfig.register(ResidualQuantizerConfig.model_type, ResidualQuantizerConfig, exist_ok=True)

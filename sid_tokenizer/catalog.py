@@ -7,8 +7,10 @@ import numpy as np
 from .catalog_columns import added_columns, columns_at, content_hash, first_columns, regrouped, row_type
 from .catalog_file import load_catalog, pickle_by_file, save_catalog
 from .catalog_lookups import CatalogLookups
+from .catalog_tables import catalog_to_dataset, read_catalog_table, write_catalog_table
 from .checks import as_numpy, check_codes
 from .codebook_version import check_quantizer, measures_embeddings
+from .index_files import read_index, write_index
 from .placement import check_inputs, check_policy, place_first, place_more
 from .pruning import TokenPruning
 from .strings import index_strings, pack_product_ids, search_packed
@@ -368,6 +370,78 @@ class ProductCatalog(CatalogLookups):
 
     def __reduce_ex__(self, protocol):
         return pickle_by_file(self) or super().__reduce_ex__(protocol)
+
+    @classmethod
+    def from_index(cls, path, token_format=None, codebook_sizes=None, **options):
+        """
+        Builds a catalog from the `index.json` of LC-Rec, LETTER or MiniOneRec.
+
+        Args:
+            path, token_format, codebook_sizes: As [`read_index`].
+            **options:
+                As `build`, in the order of the file: `pruning`, `popularity`, `texts`, `collisions`, ….
+
+        Returns:
+            [`ProductCatalog`]
+        """
+        product_ids, codes, codebook_sizes = read_index(path, token_format, codebook_sizes)
+        return cls.build(product_ids, codes, codebook_sizes, **options)
+
+    def to_index(self, path, token_format=None):
+        """
+        Writes an `index.json` of the products that are not withdrawn, see [`write_index`].
+
+        Raises:
+            `ValueError`: if SIDs have varying lengths or suffixes, which that format cannot hold.
+        """
+        write_index(self, path, token_format)
+
+    @classmethod
+    def from_table(cls, source, codebook_sizes=None, columns=None, **options):
+        """
+        Builds a catalog from a parquet or CSV file, a folder of parquet shards, a `pyarrow.Table` or a data set.
+
+        Args:
+            source:
+                As [`read_catalog_table`]: a column of ids, one of codes or one per layer, and optionally popularity, text
+                and whether a product is withdrawn.
+            codebook_sizes (`list[int]`, *optional*):
+                Codes of each layer; what the file says of itself if not given.
+            columns (`dict[str, str]`, *optional*):
+                Names of columns, as the arguments of [`read_catalog_table`]: `{"id_column": "sku"}`.
+            **options:
+                As `build`: `pruning`, `collisions`, ….
+
+        Returns:
+            [`ProductCatalog`]
+
+        Raises:
+            `ValueError`: if nothing says how large the codebooks are, or as [`read_catalog_table`] and `build`.
+        """
+        table = read_catalog_table(source, **(columns or {}))
+        withdrawn, stored_sizes = table.pop("withdrawn"), table.pop("codebook_sizes")
+        if codebook_sizes is None and stored_sizes is None:
+            raise ValueError(
+                "Nothing in the table says how many codes each layer has: pass codebook_sizes. The largest code that occurs "
+                f"in each layer is {table['codes'].max(0).tolist()}."
+            )
+        catalog = cls.build(codebook_sizes=codebook_sizes or stored_sizes, **table, **options)
+        if withdrawn is not None and withdrawn.any():
+            catalog.withdraw(catalog.product_ids(np.flatnonzero(withdrawn)))
+        return catalog
+
+    def to_table(self, path):
+        """
+        Writes a `.parquet` or `.csv` file with a row per product, see [`write_catalog_table`].
+        """
+        write_catalog_table(self, path)
+
+    def to_dataset(self):
+        """
+        Returns:
+            `datasets.Dataset`: a row per product, with the columns of a parquet file of `to_table`.
+        """
+        return catalog_to_dataset(self)
 
     def __copy__(self):
         twin = object.__new__(type(self))

@@ -1,4 +1,4 @@
-"""Figures of diagnoses: the distribution of each layer's codes, and the flow from layer to layer. Needs matplotlib."""
+"""Figures: how each layer's codes are distributed, how they flow, and what pruning costs. Needs matplotlib."""
 
 import importlib
 from pathlib import Path
@@ -164,6 +164,62 @@ def plot_flow(diagnoses, path=None):
     return figure
 
 
+def plot_sweep(sweep, path=None):
+    """
+    What pruning the K most frequent codes of a layer costs: the share of the items that lose their token, the distinct SIDs,
+    the share of the items that share theirs, and the recall ceilings, over K, on a scale that is logarithmic from 1. Grey is
+    where nothing is lost.
+
+    Args:
+        sweep ([`PruningSweep`]):
+            What [`~sweep.sweep`] measured, with at most six k.
+        path (`str` or `os.PathLike`, *optional*):
+            File to write, `.png` or `.svg`.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        `ImportError`: without matplotlib.
+        `ValueError`: for more than six k, or another suffix.
+    """
+    ceilings = sweep.recall_ceiling
+    if len(ceilings) > len(COLOURS):
+        raise ValueError(
+            f"Ceilings at {len(ceilings)} values of k cannot be drawn: sweep with ks of at most {len(COLOURS)}, so that "
+            "they can be told apart."
+        )
+    figure = _find_figure_class(path)(figsize=(3.3 * 4, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4)
+    panels = (
+        ("items that lose the token", {"": sweep.share}),
+        ("unique SIDs", {"": sweep.unique_sids}),
+        ("items that share their SID", {"": sweep.colliding_items / sweep.num_items}),
+        ("recall ceiling", {f"@{k}": ceiling for k, ceiling in ceilings.items()}),
+    )
+    size, lossless = len(sweep.num_pruned) - 1, sweep.lossless
+    ticks = [0, *(10**power for power in range(len(str(size))) if 2.5 * 10**power < size), size]
+    letter = f"{layer_letter(sweep.layer)} ({sweep.layer})"
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for (label, curve), colour, style in zip(curves.items(), COLOURS, STYLES, strict=False):
+            axis.plot(sweep.num_pruned, curve, linestyle=style, color=colour, label=label)
+        axis.axvspan(0, lossless, color="#dddddd", linewidth=0, zorder=0)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel(f"codes of layer {letter} pruned", fontsize=9)
+        axis.set_xlim(0, size)
+        axis.set_ylim(0, sweep.unique_sids[0] * 1.06 if title == "unique SIDs" else 1.06)
+        axis.set_title(title, fontsize=10, fontweight="bold", loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower left")
+    patch = importlib.import_module("matplotlib.patches").Patch(color="#dddddd")
+    codes = "1 code, whose absence names it" if lossless == 1 else f"up to {lossless} codes"
+    figure.legend([patch], [f"nothing is lost: {codes}"], loc="outside lower center", fontsize=8, frameon=False)
+    _save(figure, path)
+    return figure
+
+
 def _draw_flow(axis, diagnosis):
     patches = importlib.import_module("matplotlib.patches")
     mpl_path = importlib.import_module("matplotlib.path").Path
@@ -241,6 +297,10 @@ def _check(diagnoses, path):
         raise ValueError(
             f"{len(diagnoses)} diagnoses cannot be drawn: pass one to {len(COLOURS)}, so that they can be told apart."
         )
+    return _find_figure_class(path)
+
+
+def _find_figure_class(path):
     if path is not None and Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"Cannot draw into {str(path)!r}: its name must end in {' or '.join(SUFFIXES)}.")
     try:
@@ -253,7 +313,7 @@ def _save(figure, path):
     if path is None:
         return
     suffix = Path(path).suffix.lower()
-    # Equal diagnoses make equal files: no date, and ids that are not random.
+    # Equal measurements make equal files: no date, and ids that are not random.
     options = {"svg.hashsalt": "rqsid"}
     metadata = {"Date": None} if suffix == ".svg" else None
     with importlib.import_module("matplotlib").rc_context(options), replace_atomically(path) as temporary:

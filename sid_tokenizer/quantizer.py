@@ -1,5 +1,6 @@
 """Residual quantization: embeddings to one code per layer, and back."""
 
+import copy
 from numbers import Integral
 
 import numpy as np
@@ -61,11 +62,14 @@ class ResidualQuantizerConfig(PreTrainedConfig):
         num_beams (`int`, *optional*, defaults to 1):
             Beams of `encode`. More than one finds codes of less squared error, at the price of prefixes that are no longer
             the nearest ones: neighbours share fewer of them.
+        skipped_codes (`dict[int, list[int]]`, *optional*):
+            Per layer, any but the last, the codes that subtract nothing from a residual and add nothing when decoded, because
+            they are left out of SIDs. Set by [`refit_pruned`].
         seed (`int`, *optional*, defaults to 0):
             Seed of all randomness.
 
     Raises:
-        `TypeError`: if `codebook_sizes` is no list of integers.
+        `TypeError`: if `codebook_sizes` is no list of integers, or `skipped_codes` no mapping of lists of them.
         `ValueError`: for values out of range, or options that exclude each other.
     """
 
@@ -83,6 +87,7 @@ class ResidualQuantizerConfig(PreTrainedConfig):
     normalize_residuals: bool = False
     capacity: float | None = None
     num_beams: int = 1
+    skipped_codes: dict | None = None
     seed: int = 0
 
     def __post_init__(self, **kwargs):
@@ -129,7 +134,41 @@ class ResidualQuantizerConfig(PreTrainedConfig):
                 f"num_beams={self.num_beams} compares squared errors, which metric='cosine', normalize_residuals and capacity "
                 "do not go by. Use num_beams=1 with them."
             )
+        self.skipped_codes = _checked_skipped_codes(self.skipped_codes, self.codebook_sizes)
+        if self.num_beams > 1 and self.skipped_codes:
+            raise ValueError(
+                f"num_beams={self.num_beams} would avoid skipped_codes, which lower no error, and so change what is pruned. Use "
+                "num_beams=1 with them."
+            )
         super().__post_init__(**kwargs)
+
+
+def _checked_skipped_codes(skipped, sizes):
+    """Whole numbers, sorted; JSON has made strings of the layers. `None` where nothing is skipped."""
+    if skipped is None:
+        return None
+    if not isinstance(skipped, dict):
+        raise TypeError(f"skipped_codes={skipped!r} must map layers to lists of codes, as {{1: [7, 30]}}.")
+    checked = {}
+    for layer, codes in skipped.items():
+        layer = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+        codes = codes.tolist() if isinstance(codes, np.ndarray) else codes
+        if not isinstance(codes, list | tuple) or not all(
+            isinstance(number, Integral) and not isinstance(number, bool) for number in (layer, *codes)
+        ):
+            raise TypeError(f"skipped_codes={skipped!r} must map layers to lists of codes, as {{1: [7, 30]}}.")
+        if not 0 <= layer < len(sizes) - 1:
+            raise ValueError(
+                f"skipped_codes names the layer {layer}; with {len(sizes)} layers, counted from 0, it must be one before the "
+                "last, since SIDs must end in a code."
+            )
+        if len(set(codes)) < len(codes) or not all(0 <= code < sizes[layer] for code in codes):
+            raise ValueError(
+                f"skipped_codes of layer {layer} must be distinct codes from 0 to {sizes[layer] - 1}, got {list(codes)}."
+            )
+        if codes:
+            checked[int(layer)] = sorted(int(code) for code in codes)
+    return dict(sorted(checked.items())) or None
 
 
 class ResidualQuantizer(PreTrainedModel):
@@ -188,7 +227,7 @@ class ResidualQuantizer(PreTrainedModel):
         self.config.embedding_dim = layers[0].codebook.shape[1]
 
     def _layers(self):
-        return [
+        layers = [
             Layer(
                 codebook.data.float(),
                 self.prices[index].data.float() if len(self.prices) else None,
@@ -196,6 +235,16 @@ class ResidualQuantizer(PreTrainedModel):
             )
             for index, codebook in enumerate(self.codebooks)
         ]
+        for index, codes in (self.config.skipped_codes or {}).items():
+            layers[index].subtracted = layers[index].codebook.clone()
+            layers[index].subtracted[codes] = 0
+        return layers
+
+    def _changed(self, layers, **changes):
+        """A new quantizer of other layers, with changes of the configuration; it shares no memory with this one."""
+        changed = type(self)(type(self.config).from_dict({**self.config.to_dict(), **changes}))
+        changed._set_layers(copy.deepcopy(layers))
+        return changed.to(dtype=self.codebooks[0].dtype)
 
     def save_pretrained(self, *args, **kwargs):
         self._require_fitted()
@@ -258,8 +307,14 @@ class ResidualQuantizer(PreTrainedModel):
         Raises:
             `TypeError`: if `embeddings` is of another kind, or not floating point.
             `ValueError`: if they are not 2-dimensional, hold NaN or infinite values, are fewer than a layer has codes, all
-                equal, or change between passes; if there is no process group, or the checkpoint is another fit's.
+                equal, or change between passes; if there is no process group, or the checkpoint is another fit's; if the
+                configuration has `skipped_codes`.
         """
+        if self.config.skipped_codes:
+            raise ValueError(
+                "skipped_codes name codes of codebooks that fit would replace. Fit a quantizer without them, and pass it to "
+                "refit_pruned with a pruning of its own codes."
+            )
         if distributed:
             require_process_group()
 
@@ -334,7 +389,7 @@ class ResidualQuantizer(PreTrainedModel):
     @torch.no_grad()
     def decode(self, codes):
         """
-        Sums the codewords of each row; a layer whose code is -1 (pruned) adds nothing.
+        Sums the codewords of each row; a layer whose code is -1 (pruned), or one of `skipped_codes`, adds nothing.
 
         Args:
             codes (`np.ndarray` or `torch.Tensor`): Shape: (N, L).
@@ -355,7 +410,7 @@ class ResidualQuantizer(PreTrainedModel):
         for index, layer in enumerate(self._layers()):
             scale = scale if layer.scale is None else scale * layer.scale
             present = rows[:, index] >= 0
-            decoded[present] += scale * layer.codebook[rows[present, index]]
+            decoded[present] += scale * layer.codewords[rows[present, index]]
         return decoded if isinstance(codes, torch.Tensor) else decoded.cpu().numpy()
 
     forward = encode
@@ -402,10 +457,10 @@ class ResidualQuantizer(PreTrainedModel):
     def _check_beams(self, num_beams):
         config = self.config
         plain = config.metric == "euclidean" and not config.normalize_residuals and config.capacity is None
-        if num_beams < 1 or (num_beams > 1 and not plain):
+        if num_beams < 1 or (num_beams > 1 and (not plain or config.skipped_codes)):
             raise ValueError(
                 f"num_beams={num_beams}: pass 1, or more for a quantizer with metric='euclidean' and neither normalize_residuals "
-                "nor capacity, because beams compare squared errors."
+                "nor capacity nor skipped_codes, because beams compare squared errors."
             )
 
     def _check_out(self, out, num_rows):

@@ -28,11 +28,19 @@ class Layer:
         codebook (`torch.Tensor`): Shape: (K, D).
         prices (`torch.Tensor` or `None`): Shape: (K,). See `capacity` in [`ResidualQuantizerConfig`].
         scale (`torch.Tensor` or `None`): mean length of the residuals that were normalised. Shape: (1,).
+        subtracted (`torch.Tensor` or `None`): the codebook with zeros in the rows of skipped codes, `None` where no code is
+            skipped. Shape: (K, D).
     """
 
     codebook: torch.Tensor
     prices: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    subtracted: torch.Tensor | None = None
+
+    @property
+    def codewords(self):
+        """What each code subtracts from a residual, and adds when decoded."""
+        return self.codebook if self.subtracted is None else self.subtracted
 
 
 def assignment_terms(layer, cosine):
@@ -68,7 +76,7 @@ def assign_(residual, layer, config, terms=None, leaves=True):
     seen = normalize(residual, dim=1) if cosine and layer.prices is not None else residual
     codes = best_codes(torch.addmm(offsets, seen, columns, beta=-1))
     if leaves:
-        residual -= layer.codebook.index_select(0, codes)  # several times faster than indexing
+        residual -= layer.codewords.index_select(0, codes)  # several times faster than indexing
     return codes
 
 
@@ -98,7 +106,13 @@ def beam_codes(points, codebooks, num_beams):
 
 
 def fit_residual_kmeans(
-    reader, config, distributed=False, max_rows_in_memory=None, checkpoint_dir=None, on_iteration=lambda: None
+    reader,
+    config,
+    distributed=False,
+    max_rows_in_memory=None,
+    checkpoint_dir=None,
+    on_iteration=lambda: None,
+    first_layers=(),
 ):
     """
     Args:
@@ -114,16 +128,18 @@ def fit_residual_kmeans(
             Where the state is left after each full pass, and taken up again.
         on_iteration (callable, *optional*):
             Called after each pass.
+        first_layers (`list[Layer]`, *optional*):
+            Layers that stay as they are, and after which the fit begins.
 
     Returns:
-        `list[Layer]`
+        `list[Layer]`: of all layers, the given ones first.
 
     Raises:
         `ValueError`: with fewer rows than a layer has codes, unequal D over processes, or another fit's checkpoint.
     """
     reduce = processes.sum_over_processes if distributed else None
     in_all = processes.in_all if distributed else lambda function: function()
-    largest = max(config.codebook_sizes)
+    largest = max(config.codebook_sizes[len(first_layers) :])
 
     # 1. one pass that checks all rows, counts them, and holds as many as allowed
     def read():
@@ -178,6 +194,14 @@ def fit_residual_kmeans(
 
     # 2. layer by layer
     layers, codes = checkpoint.layers(Layer), []
+    if len(layers) < len(first_layers):
+        checkpoint.save(first_layers)
+    elif not all(torch.equal(one.codebook, other.codebook) for one, other in zip(first_layers, layers, strict=False)):
+        raise ValueError(
+            f"{checkpoint.path} is the state of a fit that went on from other codebooks. Go on from those, delete it, or pass "
+            "another checkpoint_dir."
+        )
+    layers[: len(first_layers)] = first_layers  # a checkpoint does not hold what they subtract
     for index, num_codes in enumerate(config.codebook_sizes):
         before, codes_before, rows = layers[:index], list(codes), chunk_rows(num_codes, table.device)
 
@@ -301,7 +325,7 @@ def _streamed_residuals(reader, config, layers, codes, rows, device):
         for layer, of_layer in zip(layers, codes, strict=True):
             if config.normalize_residuals:
                 normalize(residual, dim=1, out=residual)
-            residual -= layer.codebook[of_layer[start : start + len(residual)].to(residual.device, torch.int64)]
+            residual -= layer.codewords[of_layer[start : start + len(residual)].to(residual.device, torch.int64)]
         yield residual
 
 

@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 from rqsid import TokenPruning, catalogue_files, catalogue_report, diagnose
 from rqsid.cli import main
 from rqsid.sid_tokenizer import figures
+from rqsid.sid_tokenizer.pruning_sweep import sweep
 
 NUM_ITEMS, SIZES = 1500, [16, 16, 16]
 IDS = [f"{row:05d}" for row in range(NUM_ITEMS)]
-FIGURES = {"layers.png", "layers.svg", "flow.png", "flow.svg"}
+FIGURES = {"layers.png", "layers.svg", "flow.png", "flow.svg", "sweep.png", "sweep.svg"}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def no_figures(monkeypatch):
     """They take longest, and have tests of their own."""
     monkeypatch.setattr(catalogue_report, "plot_layers", lambda diagnoses, path: None)
     monkeypatch.setattr(catalogue_report, "plot_flow", lambda diagnoses, path: None)
+    monkeypatch.setattr(catalogue_report, "plot_sweep", lambda curve, path: None)
 
 
 def run(output, **options):
@@ -87,6 +89,9 @@ def test_embeddings_alone(folder, tmp_path, capsys):
         "```python",
         "| remedy |",
         "pruned = ",
+        "![Cost of pruning](sweep.png)",
+        "| items that lose one |",
+        "Pruning exactly one token loses nothing, because its absence names it",
         "## Recommendation",
     ]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
@@ -110,6 +115,33 @@ def test_codes_of_ones_own_against_better_training(folder, tmp_path):
         assert row["mean_length"] == pytest.approx((pruned >= 0).sum() / NUM_ITEMS)
     nothing, one, *_, dropped = found["remedies"]
     assert one["unique_sids"] == nothing["unique_sids"] == len(np.unique(codes, axis=0)) > dropped["unique_sids"]
+
+
+@pytest.mark.parametrize("bought", [False, True])
+def test_the_curve_is_that_of_the_layer_that_is_examined(folder, tmp_path, monkeypatch, no_figures, bought):
+    drawn = []
+    monkeypatch.setattr(catalogue_report, "plot_sweep", lambda curve, path: drawn.append((curve.to_dict(), path)))
+    options = {"codes": folder / "columns.parquet", "codebook_sizes": SIZES}
+    options |= {"purchases": folder / "purchases.csv"} if bought else {}
+    _, found, text = run(tmp_path, **options)
+    codes = np.load(folder / "codes.npy")
+    expected = sweep(codes, SIZES, found["layer_to_treat"])
+    assert found["sweep"] == expected.to_dict() and str(expected) in text and found["sweep"]["layer"] == 1
+    assert len(found["sweep"]["unique_sids"]) == len(found["sweep"]["recall_ceiling"]["50"]) == 17
+    assert [path[-9:] for _, path in drawn] == ["sweep.png", "sweep.svg"]
+    assert all(curve == found["sweep"] for curve, _ in drawn)
+    for row in found["remedies"]:  # the table of remedies lies on the curve
+        assert found["sweep"]["unique_sids"][row["tokens_pruned"]] == row["unique_sids"]
+        assert found["sweep"]["largest_group"][row["tokens_pruned"]] == row["largest_group"]
+        for k, ceiling in row["recall_ceiling"].items():
+            assert found["sweep"]["recall_ceiling"][k][row["tokens_pruned"]] == pytest.approx(ceiling, abs=1e-12)
+    weights = np.load(folder / "counts.npy")
+    weighted = sweep(codes, SIZES, 1, weights)
+    assert (
+        found["sweep_by_purchases"] == (weighted.to_dict() if bought else None)
+        and weighted.to_dict() != expected.to_dict()
+    )
+    assert (str(weighted) in text) == bought and text.count("Pruning exactly one token loses nothing") == 1 + bought
 
 
 def test_an_hourglass_that_survives(tmp_path, no_figures):
@@ -166,6 +198,8 @@ def test_other_numbers_of_layers(folder, tmp_path, sizes):
     assert len(found["by_items"]["layers"]) == len(sizes)
     assert ("remedy" in text) == (len(sizes) > 2) or "No verdict" in found["verdict"]
     assert (tmp_path / "flow.png").exists() == (len(sizes) > 1)
+    assert (tmp_path / "sweep.png").exists() == ("loses nothing" in text) == (len(sizes) > 2)
+    assert (found["sweep"] is not None) == (len(sizes) > 2) and found["sweep_by_purchases"] is None
 
 
 def test_without_matplotlib_the_report_says_so(folder, tmp_path, monkeypatch, capsys):
@@ -176,6 +210,7 @@ def test_without_matplotlib_the_report_says_so(folder, tmp_path, monkeypatch, ca
     monkeypatch.setattr(figures, "importlib", Importer)
     _, _, text = run(tmp_path, codes=folder / "codes.npy", codebook_sizes=SIZES)
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json"}
+    assert "sweep.png" not in text and "loses nothing" in text
     assert "pip install 'rqsid[plots]'" in text and "pip install 'rqsid[plots]'" in capsys.readouterr().out
 
 
@@ -195,7 +230,7 @@ def test_the_seed_counts(folder, tmp_path, no_figures):
 
 
 def test_nothing_of_an_earlier_report_is_left(folder, tmp_path, monkeypatch):
-    for name in ("plot_layers", "plot_flow"):
+    for name in ("plot_layers", "plot_flow", "plot_sweep"):
         monkeypatch.setattr(catalogue_report, name, lambda diagnoses, path: Path(path).write_text("drawn"))
     run(tmp_path, codes=folder / "codes.npy", codebook_sizes=SIZES)
     assert {path.name for path in tmp_path.iterdir()} == FIGURES | {"report.md", "report.json"}

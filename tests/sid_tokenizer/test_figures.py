@@ -8,7 +8,8 @@ import pytest
 
 from rqsid import TokenPruning, diagnose
 from rqsid.sid_tokenizer import figures
-from rqsid.sid_tokenizer.figures import COLUMN_WIDTH, plot_flow, plot_layers
+from rqsid.sid_tokenizer.figures import COLUMN_WIDTH, plot_flow, plot_layers, plot_sweep
+from rqsid.sid_tokenizer.pruning_sweep import sweep
 
 SIZES = [64, 64, 64]
 
@@ -35,24 +36,34 @@ def pruned(codes):
     return diagnose(TokenPruning("top_k", layer=1, top_k=3).fit(codes, SIZES).apply(codes), SIZES)
 
 
-@pytest.mark.parametrize("kind", ["layers", "flow"])
+@pytest.fixture(scope="module")
+def curve(codes):
+    return sweep(codes, SIZES)
+
+
+@pytest.mark.parametrize("kind", ["layers", "flow", "sweep"])
 @pytest.mark.parametrize("suffix", ["png", "svg", "SVG"])
-def test_files_are_what_their_suffix_says(hourglass, tmp_path, kind, suffix):
+def test_files_are_what_their_suffix_says(hourglass, curve, tmp_path, kind, suffix):
     path = tmp_path / f"figure.{suffix}"
-    figure = hourglass.plot(path, kind)
-    assert type(figure).__module__ == "matplotlib.figure" and len(figure.axes) == (4 if kind == "layers" else 1)
+
+    def draw():
+        return curve.plot(path) if kind == "sweep" else hourglass.plot(path, kind)
+
+    figure = draw()
+    assert type(figure).__module__ == "matplotlib.figure" and len(figure.axes) == (1 if kind == "flow" else 4)
     content = path.read_bytes()
     if suffix == "png":
         assert content.startswith(b"\x89PNG\r\n\x1a\n")
     else:
         assert ElementTree.fromstring(content).tag == "{http://www.w3.org/2000/svg}svg"
-    hourglass.plot(path, kind)
+    draw()
     assert path.read_bytes() == content  # nothing random, no date
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_without_a_path_nothing_is_written(hourglass, tmp_path, monkeypatch):
+def test_without_a_path_nothing_is_written(hourglass, curve, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    curve.plot()
     hourglass.plot()
     hourglass.plot(kind="flow")
     assert not list(tmp_path.iterdir())
@@ -123,9 +134,52 @@ def test_bands_cover_the_columns(hourglass):
         assert arriving == pytest.approx(hourglass.layers[position + 1].perplexity / 64, rel=0.02)
 
 
-def test_texts_do_not_overlap(hourglass, uniform, pruned):
+def test_curves_of_a_sweep_are_what_was_measured(codes, curve):
+    lost, unique, colliding, ceilings = plot_sweep(curve).axes
+    for axis, values in (
+        (lost, curve.share),
+        (unique, curve.unique_sids),
+        (colliding, curve.colliding_items / len(codes)),
+    ):
+        (line,) = axis.lines
+        assert line.get_xdata().tolist() == list(range(65)) and line.get_ydata().tolist() == values.tolist()
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > max(values)
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ceilings.lines}
+    assert drawn == {f"@{k}": curve.recall_ceiling[k].tolist() for k in (1, 10, 50)}
+    assert len({(line.get_color(), line.get_linestyle()) for line in ceilings.lines}) == 3
+    for axis in (lost, unique, colliding, ceilings):
+        assert axis.get_xlim() == (0, 64) and axis.get_xscale() == "symlog"
+        assert axis.get_xlabel() == "codes of layer b (1) pruned"
+        (harmless,) = axis.patches
+        assert (harmless.get_x(), harmless.get_width()) == (0, curve.lossless) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "size, ticks", [(1, [0, 1]), (2, [0, 2]), (9, [0, 1, 9]), (16, [0, 1, 16]), (256, [0, 1, 10, 100, 256])]
+)
+def test_ticks_of_a_sweep(size, ticks):
+    found = sweep(np.random.default_rng(0).integers(0, [4, size, 4], (100, 3)), [4, size, 4], ks=(1, 2, 3, 4, 5, 6))
+    axis = plot_sweep(found).axes[0]
+    assert axis.get_xticks().tolist() == ticks and [label.get_text() for label in axis.get_xticklabels()] == list(
+        map(str, ticks)
+    )
+
+
+def test_what_is_harmless_is_told():
+    several = sweep(np.array([[code, code] for code in range(4)]), [4, 4], layer=0)
+    single = sweep(np.array([[code, 0] for code in range(4)]), [4, 1], layer=0)
+    for found, text in ((several, "nothing is lost: up to 4 codes"), (single, "1 code, whose absence names it")):
+        (legend,) = plot_sweep(found).legends
+        assert text in legend.get_texts()[0].get_text()
+
+
+def test_texts_do_not_overlap(codes, hourglass, uniform, pruned, curve):
     three = {"plain": hourglass, "better training": uniform, "a label that is far too long": pruned}
-    drawn = [plot_layers(hourglass), plot_layers(three), plot_flow(hourglass), plot_flow(three)]
+    drawn = [plot_layers(hourglass), plot_layers(three), plot_flow(hourglass), plot_flow(three), plot_sweep(curve)]
+    drawn += [
+        plot_sweep(sweep(codes % 26, [26] * 3, ks=(1, 2, 5, 10, 20, 50))),
+        plot_sweep(sweep(codes, [64, 999, 64])),
+    ]
     text_class = importlib.import_module("matplotlib.text").Text
     for figure in drawn:
         importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
@@ -160,6 +214,10 @@ def test_dropped_layer_and_codebooks_of_one_code(codes):
     single.plot(kind="flow")
 
 
+TWO = np.zeros((3, 2), dtype=int)
+SMALL = sweep(TWO, [2, 2], 0)
+
+
 @pytest.mark.parametrize(
     "draw, message",
     [
@@ -168,6 +226,8 @@ def test_dropped_layer_and_codebooks_of_one_code(codes):
         (lambda found: plot_layers({}), "0 diagnoses"),
         (lambda found: plot_flow({str(i): found for i in range(7)}), "7 diagnoses.*one to 6"),
         (lambda found: diagnose(np.zeros((3, 1), dtype=int), [2]).plot(kind="flow"), "single layer has no flow"),
+        (lambda found: SMALL.plot("figure.pdf"), "figure.pdf.*must end in .png or .svg"),
+        (lambda found: sweep(TWO, [2, 2], 0, ks=tuple(range(1, 8))).plot("a.png"), "7 values of k.*at most 6"),
     ],
 )
 def test_bad_input_is_refused(hourglass, draw, message, tmp_path, monkeypatch):
@@ -185,6 +245,8 @@ def test_without_matplotlib_the_way_to_it_is_named(hourglass, monkeypatch):
     monkeypatch.setattr(figures, "importlib", Importer)
     with pytest.raises(ImportError, match=r"pip install 'rqsid\[plots\]'"):
         hourglass.plot()
+    with pytest.raises(ImportError, match=r"pip install 'rqsid\[plots\]'"):
+        SMALL.plot()
 
 
 def test_diagnosing_needs_no_matplotlib_and_drawing_no_global_state(run_fresh):
@@ -192,9 +254,11 @@ def test_diagnosing_needs_no_matplotlib_and_drawing_no_global_state(run_fresh):
         import json, sys
         import numpy as np
         from rqsid import diagnose
+        from rqsid.sid_tokenizer.pruning_sweep import sweep
+        curve = sweep(np.random.default_rng(0).integers(0, 8, (100, 3)), [8] * 3)
         found = diagnose(np.random.default_rng(0).integers(0, 8, (100, 3)), [8] * 3)
         before = "matplotlib" in sys.modules
-        found.plot(), found.plot(kind="flow")
+        found.plot(), found.plot(kind="flow"), curve.plot()
         print(json.dumps([before, "matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules]))
     """)
     assert found == [False, True, False]

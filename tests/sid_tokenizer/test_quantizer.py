@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -340,3 +342,47 @@ def test_fits_agree_with_several_threads():
         torch.set_num_threads(num_threads)
     for other in others:
         np.testing.assert_array_equal(other, first)
+
+
+def test_skipped_codes_survive_json(tmp_path):
+    config = ResidualQuantizerConfig(codebook_sizes=[4, 6, 5], skipped_codes={"1": (np.int64(5), 0), 0: np.array([2])})
+    assert config.skipped_codes == {0: [2], 1: [0, 5]}
+    config.save_pretrained(tmp_path)
+    loaded = ResidualQuantizerConfig.from_pretrained(tmp_path)
+    assert loaded.skipped_codes == config.skipped_codes and loaded.to_dict() == config.to_dict()
+    for nothing in (None, {}, {1: []}):
+        assert ResidualQuantizerConfig(skipped_codes=nothing).skipped_codes is None
+
+
+def test_configurations_from_before_skipped_codes_load(tmp_path):
+    points = gaussian()
+    quantizer = fitted(points)
+    quantizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("skipped_codes") is None
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = ResidualQuantizer.from_pretrained(tmp_path)
+    assert loaded.config.skipped_codes is None and (loaded.encode(points) == quantizer.encode(points)).all()
+
+
+@pytest.mark.parametrize(
+    "skipped, error, message",
+    [
+        ([3], TypeError, r"skipped_codes=\[3\] must map layers to lists"),
+        ({1: 3}, TypeError, r"must map layers to lists of codes"),
+        ({"b": [3]}, TypeError, r"must map layers to lists of codes"),
+        ({True: [3]}, TypeError, r"must map layers to lists of codes"),
+        ({1: [True]}, TypeError, r"must map layers to lists of codes"),
+        ({1: [0.5]}, TypeError, r"must map layers to lists of codes"),
+        ({2: [3]}, ValueError, r"names the layer 2; with 3 layers.*end in a code"),
+        ({-1: [3]}, ValueError, r"names the layer -1"),
+        ({1: [3, 6]}, ValueError, r"of layer 1 must be distinct codes from 0 to 5, got \[3, 6\]"),
+        ({1: [-1]}, ValueError, r"distinct codes from 0 to 5"),
+        ({1: [3, 3]}, ValueError, r"distinct codes from 0 to 5"),
+        ({1: [3]}, ValueError, r"num_beams=2 would avoid skipped_codes"),
+    ],
+)
+def test_bad_skipped_codes_are_refused(skipped, error, message):
+    num_beams = 2 if "num_beams" in message else 1
+    with pytest.raises(error, match=message):
+        ResidualQuantizerConfig(codebook_sizes=[4, 6, 5], skipped_codes=skipped, num_beams=num_beams)
