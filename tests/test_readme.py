@@ -30,6 +30,8 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
         "popularity": random.integers(0, 99, 400),
         "purchases": DatasetDict(train=purchases, validation=purchases.select(range(4))),
         "checkpoint": str(checkpoint),
+        "new_ids": ["N1", "N2"],
+        "new_embeddings": random.standard_normal((2, 8), dtype=np.float32),
     }
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(snippets) >= 3
@@ -44,6 +46,7 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
         namespace["model"], namespace["tokenizer"], [{"history": product_ids[:3], "query": "potato chips"}], top_k=10
     )
     assert len(found[0]) == 10 and {"product_id", "sid", "score"} <= set(found[0][0])
+    assert namespace["catalog"].version == 4 and namespace["catalog"].product_rows(["N1", "N2"]).tolist() == [400, 401]
     assert all(
         namespace["tokenizer"].decode_products(namespace["sequences"][:, namespace["inputs"]["input_ids"].shape[1] :])
     )
