@@ -158,7 +158,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         Raises:
             `TypeError`: if `base` is no fast tokenizer.
             `ValueError`: if `base` has no end token or already holds SID tokens, the quantizer has other codebooks than
-                the catalog, or the order makes one SID the beginning of another.
+                the catalog, the order makes one SID the beginning of another, or the ids of `base` have gaps.
         """
         if not hasattr(base, "backend_tokenizer"):
             raise TypeError(
@@ -180,6 +180,12 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
         layer_order = check_layer_order(layer_order, catalog)
 
+        last_id = max(base.get_vocab().values())
+        if last_id >= len(base):
+            raise ValueError(
+                f"The base tokenizer has {len(base)} tokens, but ids up to {last_id}: there are gaps, in which new tokens would "
+                "get ids that others have. Fill the gaps with placeholder tokens first."
+            )
         backend = copy.deepcopy(base.backend_tokenizer)
         tokens = [
             token

@@ -10,6 +10,7 @@ import torch
 from datasets.fingerprint import Hasher
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -530,3 +531,12 @@ def test_prompts_begin_as_the_base_begins(base_tokenizer, make_parts, begin):
     prompt = tokenizer.encode_prompts([{"query": "milk"}])["input_ids"][0]
     assert prompt[0] == base.convert_tokens_to_ids(begin)
     assert prompt.count(prompt[0]) == 1
+
+
+def test_a_base_with_gaps_between_its_ids_is_refused(make_parts):
+    """`tokenizers` counts on from the number of tokens, and so would give ids that text tokens have."""
+    pieces = {piece: number for number, piece in enumerate(["</s>", *"abcdefgh"])} | {"z": 20}
+    backend = Tokenizer(models.BPE(vocab=pieces, merges=[]))
+    base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(ValueError, match="has 10 tokens, but ids up to 20: there are gaps"):
+        SIDTokenizer.from_base(base, make_parts()[2])
