@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rqsid.sid_tokenizer import strings as strings_module
-from rqsid.sid_tokenizer.strings import hash_rows, index_strings, pack_product_ids, pack_strings, search_strings, unpack_strings
+from rqsid.sid_tokenizer.strings import (
+    hash_rows,
+    index_strings,
+    pack_product_ids,
+    pack_strings,
+    search_strings,
+    unpack_strings,
+)
 
 # Everything that UTF-8 can hold: NUL, combining marks, other planes, right-to-left; no lone surrogates.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -151,9 +151,9 @@ def test_fingerprint_tells_codebooks_and_tokens_apart(base_tokenizer, make_parts
 
 
 def test_unknown_products_are_refused(sid_tokenizer):
-    with pytest.raises(ValueError, match="'p60'.*build the catalog with them"):
+    with pytest.raises(ValueError, match="'p60'.*append them to the catalog"):
         sid_tokenizer.encode_products(["p1", "p60"])
-    with pytest.raises(TypeError, match="not str|list of strings"):
+    with pytest.raises(TypeError, match="not a string|list of strings"):
         sid_tokenizer.encode_products([1])
 
 
@@ -406,7 +406,7 @@ def test_bad_prompts_are_refused(sid_tokenizer):
         sid_tokenizer.encode_prompts([{"query": "milk"}, {}])
     with pytest.raises(ValueError, match="'p60'"):
         sid_tokenizer.encode_prompts([{"history": ["p1", "p60"]}])
-    with pytest.raises(TypeError, match="not str|list of strings"):
+    with pytest.raises(TypeError, match="not a string|list of strings"):
         sid_tokenizer.encode_prompts([{"history": ["p1", 7]}])
     with pytest.raises(ValueError, match="cannot be written as UTF-8"):
         sid_tokenizer.encode_prompts([{"query": "half a smiley \ud83d"}])
