@@ -29,7 +29,8 @@ def refit_pruned(
     one stay as they are, hence so do their codes and what is pruned. This goes beyond the paper.
 
     The later layers are new codebooks: rows of a model trained on the old ones do not fit them. They have more to describe
-    than before, which can make them less even.
+    than before. What SIDs tell of the embeddings then usually has less error, most of all where much is pruned; it need
+    not have, and no fewer products need share a SID: measure both.
 
     Args:
         quantizer ([`ResidualQuantizer`]):
