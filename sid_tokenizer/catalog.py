@@ -119,9 +119,8 @@ class ProductCatalog(CatalogLookups):
         """
         codebook_sizes = [int(size) for size in codebook_sizes]
         codes = as_numpy(codes)
-        num_products = len(product_ids)
-        if num_products == 0:
-            raise ValueError("product_ids is empty: a catalog needs at least one product.")
+        packed = pack_product_ids(product_ids)
+        num_products = len(packed[1]) - 1
         if pruning is None:
             pruning = TokenPruning("none").fit(codes, codebook_sizes)
         if pruning.codebook_sizes is not None and pruning.codebook_sizes != codebook_sizes:
@@ -143,7 +142,7 @@ class ProductCatalog(CatalogLookups):
         sids, suffix_size = place_first(
             codes, pruning, popularity, collisions, suffix_size, capacity, codebooks, embeddings
         )
-        columns = first_columns(product_ids, codes, sids, codebook_sizes, suffix_size, popularity, texts)
+        columns = first_columns(packed, codes, sids, codebook_sizes, suffix_size, popularity, texts)
         catalog = cls(columns, codebook_sizes, pruning, suffix_size, collisions, capacity)
         catalog.codebook_version = version
         names = ("product_id_hashes", "product_codes", "product_sids", "sid_codes", "popularity")
@@ -191,7 +190,7 @@ class ProductCatalog(CatalogLookups):
                 them knows them as the old products.
 
         Returns:
-            `np.ndarray` (int64): the rows of the new products. Shape: (m,).
+            `np.ndarray` (int64): the rows of the new products. Shape: (m,). Without any, nothing changes.
 
         Raises:
             `TypeError`, `ValueError`: as `build`; also if an id is in the catalog already, the quantizer is another than the
@@ -207,14 +206,16 @@ class ProductCatalog(CatalogLookups):
             )
         if quantizer is not None:
             check_quantizer(quantizer, self.codebook_sizes, self.codebook_version)
+        if hasattr(product_ids, "__len__") and len(product_ids) == 0:
+            return np.zeros(0, dtype=np.int64)
         if codes is None:
             if embeddings is None or quantizer is None:
                 raise ValueError("Pass codes, or embeddings and quantizer to encode them with.")
             codes = quantizer.encode(embeddings)
         codes = as_numpy(codes)
         check_codes(codes, self.codebook_sizes)
-        popularity = check_inputs(len(product_ids), codes, popularity, texts, embeddings)
         packed = pack_product_ids(product_ids)
+        popularity = check_inputs(len(packed[1]) - 1, codes, popularity, texts, embeddings)
         index = index_strings(*packed)
         self._refuse_known(product_ids, search_packed(*packed, *self._id_columns()))
 
@@ -240,7 +241,8 @@ class ProductCatalog(CatalogLookups):
 
     def restore(self, product_ids):
         """
-        Brings withdrawn products back, with the SIDs that they had.
+        Brings withdrawn products back, with the SIDs that they had. If a SID was given to another product in the meantime
+        (`reuse_withdrawn=True`), the two share it.
 
         Raises:
             `ValueError`: if a product is not in the catalog, or not withdrawn.

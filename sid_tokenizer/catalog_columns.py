@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from .sid_keys import digit_sizes, group_rows, rank_in_groups, sid_keys
-from .strings import index_strings, pack_product_ids, pack_strings
+from .strings import index_strings, pack_strings
 
 COLUMNS = (
     "product_id_bytes",  # uint8 [total]: the UTF-8 of all product ids, end to end
@@ -36,12 +36,14 @@ def code_type(sizes):
     return np.int16 if max(sizes) < 2**15 else np.int32
 
 
-def first_columns(product_ids, codes, sids, codebook_sizes, suffix_size, popularity, texts):
+def first_columns(packed_ids, codes, sids, codebook_sizes, suffix_size, popularity, texts):
     """
     Columns of a new catalog.
 
     Args:
-        product_ids, texts: What [`pack_strings`] takes; `texts` may be `None`.
+        packed_ids (`tuple[np.ndarray, np.ndarray]`):
+            What [`pack_product_ids`] gives.
+        texts: What [`pack_strings`] takes, or `None`.
         codes (`np.ndarray`): Shape: (N, L).
         sids (`np.ndarray`): Shape: (N, L + 1).
         codebook_sizes (`list[int]`)
@@ -52,7 +54,7 @@ def first_columns(product_ids, codes, sids, codebook_sizes, suffix_size, popular
         `dict[str, np.ndarray]`
     """
     num_products = len(codes)
-    id_bytes, id_offsets = pack_product_ids(product_ids)
+    id_bytes, id_offsets = packed_ids
     hashes, order = index_strings(id_bytes, id_offsets)
     text_bytes, text_offsets = (np.zeros(0, np.uint8), np.zeros(1, np.int64)) if texts is None else pack_strings(texts)
     sizes = digit_sizes(codebook_sizes, suffix_size)

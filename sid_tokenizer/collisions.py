@@ -102,7 +102,7 @@ def rank_for_suffixes(sids, sizes, popularity, must_have):
     return np.where(must_have | (np.bincount(groups)[groups] > 1), ranks, -1)
 
 
-def check_suffixes(suffixes, sids, suffix_size):
+def check_suffixes(suffixes, sids, suffix_size, remedy):
     """
     Raises:
         `ValueError`: if a suffix, counted from 0, lies beyond the reserved ones.
@@ -112,6 +112,5 @@ def check_suffixes(suffixes, sids, suffix_size):
         crowded = sids[int(suffixes.argmax()), :-1]
         raise ValueError(
             f"{largest + 1} products would share the codes {crowded.tolist()} (-1: pruned) but for their suffixes, of which "
-            f"{suffix_size} are reserved. Raise suffix_size when the catalog is built, quantize with more codes or layers, "
-            'or pass collisions="reassign" or "share".'
+            f"{suffix_size} are reserved. {remedy}"
         )

@@ -1,6 +1,7 @@
 """Which SIDs products get: those of a new catalog, and those of products that join one, where nothing may move."""
 
 import numpy as np
+import torch
 
 from .collisions import check_suffixes, rank_for_suffixes
 from .reassignment import path_keys, reassign
@@ -24,6 +25,10 @@ def place_first(codes, pruning, popularity, collisions, suffix_size, capacity, c
         `tuple[np.ndarray, int]`: SIDs with suffixes, shape (N, L + 1), and the number of suffixes reserved.
     """
     if collisions == "reassign":
+        if codebooks is None:
+            raise ValueError(
+                'collisions="reassign" looks for the nearest free leaf, which takes the codebooks: pass quantizer=...'
+            )
         by_popularity = np.argsort(-popularity, kind="stable")
         nothing = np.zeros(0, dtype=np.int64)
         placed = np.empty_like(codes, dtype=np.int64)
@@ -34,7 +39,7 @@ def place_first(codes, pruning, popularity, collisions, suffix_size, capacity, c
             capacity,
             nothing,
             nothing,
-            None if embeddings is None else _Rows(embeddings, by_popularity),
+            None if embeddings is None else _Rows(embeddings, by_popularity, codebooks[0].shape[1]),
         )
         return _without_suffix(pruning.apply(placed)), 0
     sids = _without_suffix(pruning.apply(codes))
@@ -44,7 +49,8 @@ def place_first(codes, pruning, popularity, collisions, suffix_size, capacity, c
     ranks = rank_for_suffixes(sids, sizes, popularity, np.zeros(len(sids), dtype=bool))
     largest = int(ranks.max(initial=-1)) + 1
     suffix_size = max(16, largest) if suffix_size is None else suffix_size
-    check_suffixes(ranks, sids, suffix_size)
+    remedy = 'Raise suffix_size, quantize with more codes or layers, or pass collisions="reassign" or "share".'
+    check_suffixes(ranks, sids, suffix_size, remedy)
     sids[:, -1] = ranks
     return sids, suffix_size
 
@@ -116,7 +122,7 @@ def place_more(catalog, codes, popularity, collisions, codebooks, embeddings, re
         taken_counts = np.bincount(inverse, counts).astype(np.int64)
         order = np.flatnonzero(moves)
         order = order[np.argsort(-popularity[order], kind="stable")]
-        rows = None if embeddings is None else _Rows(embeddings, order)
+        rows = None if embeddings is None else _Rows(embeddings, order, codebooks[0].shape[1])
         placed = reassign(codes[order], codebooks, catalog.pruning, capacity, taken_keys, taken_counts, rows)
         sids[order, :-1] = catalog.pruning.apply(placed)
 
@@ -129,7 +135,8 @@ def place_more(catalog, codes, popularity, collisions, codebooks, embeddings, re
         suffixes = next_suffix[path[rows]] + ranks
         if reuse_withdrawn:
             suffixes = _reuse_suffixes(path[rows], ranks, suffixes, there_path, suffix_there, live, num_paths)
-        check_suffixes(suffixes, sids[rows], catalog.suffix_size)
+        remedy = "Pass reuse_withdrawn=True if products there were withdrawn, or build a new catalog with a larger suffix_size."
+        check_suffixes(suffixes, sids[rows], catalog.suffix_size, remedy)
         sids[rows, -1] = suffixes
     return sids
 
@@ -153,11 +160,21 @@ def _without_suffix(codes):
 class _Rows:
     """Embeddings in another order, read as they are needed."""
 
-    def __init__(self, embeddings, order):
+    def __init__(self, embeddings, order, dim):
+        if not isinstance(embeddings, torch.Tensor):
+            embeddings = np.asarray(embeddings)
+        if embeddings.ndim != 2 or embeddings.shape[1] != dim:
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)}, the code vectors of the quantizer have {dim} numbers. Pass "
+                "the embeddings that the quantizer encoded."
+            )
         self.embeddings, self.order = embeddings, order
 
     def __getitem__(self, rows):
-        return np.asarray(self.embeddings[self.order[rows]])
+        part = torch.as_tensor(self.embeddings[self.order[rows]]).detach().float().cpu()
+        if not part.isfinite().all():
+            raise ValueError("embeddings hold NaN or infinite values, from which no nearest SID follows. Clean them.")
+        return part
 
 
 def check_policy(collisions, suffix_size=None, capacity=1, quantizer=None, embeddings=None):
@@ -169,6 +186,10 @@ def check_policy(collisions, suffix_size=None, capacity=1, quantizer=None, embed
         raise ValueError(f"collisions={collisions!r} is unknown; choose one of {', '.join(map(repr, POLICIES))}.")
     if suffix_size is not None and collisions != "suffix":
         raise ValueError(f'suffix_size={suffix_size} needs collisions="suffix".')
+    if suffix_size is not None and (
+        isinstance(suffix_size, bool) or not isinstance(suffix_size, int) or suffix_size < 1
+    ):
+        raise ValueError(f"suffix_size={suffix_size!r} must be a whole number from 1: the suffix tokens to reserve.")
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
         raise ValueError(f"capacity={capacity!r} must be a whole number from 1: the products that may share a SID.")
     if capacity != 1 and collisions != "reassign":

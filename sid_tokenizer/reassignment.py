@@ -7,7 +7,7 @@ import torch
 
 from .sid_keys import find_keys, fits_key, group_rows, rank_in_groups
 
-CHUNK_ROWS = 2**14
+CHUNK_SCORES = 2**22  # products x codes that are compared at a time
 
 
 def reassign(codes, codebooks, pruning, capacity, taken_keys, taken_counts, embeddings=None):
@@ -18,7 +18,8 @@ def reassign(codes, codebooks, pruning, capacity, taken_keys, taken_counts, embe
     the last layer only; where all of those are full, the layer before it changes too, and so on: from the longest prefix
     with room left, each layer takes the nearest code whose subtree has room. Error is measured from the product's
     embedding, or, without one, from the sum of its code vectors, which for codebooks of k-means is the same on average.
-    Of several products that want one leaf, those with the least added error get it, then those that come first.
+    Of several products that want one leaf, those with the least added error get it, then those that come first; the others
+    ask for their next choices in that order, which is quick, but not the least sum of added errors that is possible.
 
     Args:
         codes (`np.ndarray`): Shape: (n, L).
@@ -58,11 +59,9 @@ def reassign(codes, codebooks, pruning, capacity, taken_keys, taken_counts, embe
     result, own_keys = codes.copy(), tree.keys(codes)
 
     # 1. who stays
-    position = find_keys(taken_keys, own_keys)
-    present = np.where(position >= 0, taken_counts[position], 0) if len(taken_keys) else np.zeros(len(codes), np.int64)
     groups, _ = group_rows(own_keys)
     ranks, _ = rank_in_groups(groups, np.zeros(len(codes)))
-    stays = present + ranks < capacity
+    stays = _counts_of(own_keys, taken_keys, taken_counts) + ranks < capacity
     waiting = np.flatnonzero(~stays)
     taken = _add_counts(taken_keys, taken_counts, own_keys[stays])
 
@@ -80,17 +79,17 @@ def reassign(codes, codebooks, pruning, capacity, taken_keys, taken_counts, embe
             active = waiting[find_keys(full[level], nodes) < 0]
             if not len(active):
                 break
-            active = active[np.argsort(own_keys[active], kind="stable")]
-            proposed, errors = _propose(active, codes, codebooks, tree, level, full, embeddings)
+            # Products of the same codes want the same leaves: more of them than a few subtrees hold would ask in vain.
+            ranks, order = rank_in_groups(own_keys[active], np.zeros(len(active)))
+            active = active[order[ranks[order] < 4 * sizes[-1] * capacity]]
+            proposed, errors = _propose(active, codes, codebooks, tree, level, full, local, capacity, embeddings)
             asks = proposed[:, 0] >= 0
             active, proposed, errors = active[asks], proposed[asks], errors[asks]
             leaves = tree.keys(proposed)
             order = np.lexsort((active, errors, leaves))
             ranks = np.empty(len(active), dtype=np.int64)
             ranks[order] = rank_in_groups(leaves[order], np.zeros(len(active)))[0]
-            position = find_keys(local[0], leaves)
-            present = np.where(position >= 0, local[1][position], 0) if len(local[0]) else 0
-            accepted = present + ranks < capacity
+            accepted = _counts_of(leaves, *local) + ranks < capacity
             result[active[accepted]] = proposed[accepted]
             placed.append(leaves[accepted])
             local = _add_counts(*local, leaves[accepted])
@@ -147,7 +146,11 @@ class _Tree:
     def blocked(self, nodes, layer, full):
         """Which codes of `layer` lead from each node to a full one. Shape: (n, K)."""
         base, children = self.bases[layer], full[layer + 1]
-        start, end = np.searchsorted(children, nodes * base), np.searchsorted(children, (nodes + 1) * base)
+        # The last child rather than the next node, which for the last node of 2^63 leaves would be too large a number.
+        start, end = (
+            np.searchsorted(children, nodes * base),
+            np.searchsorted(children, nodes * base + base - 1, "right"),
+        )
         lengths = end - start
         first = np.cumsum(lengths) - lengths
         index = np.arange(lengths.sum()) + np.repeat(start - first, lengths)
@@ -156,7 +159,7 @@ class _Tree:
         return digits[:, self.digits[layer]]
 
 
-def _propose(rows, codes, codebooks, tree, level, full, embeddings):
+def _propose(rows, codes, codebooks, tree, level, full, taken, capacity, embeddings):
     """
     The leaf that each product would take: codes, of shape (n, L), -1 for those that wait for the next round; and added
     squared errors, of shape (n,).
@@ -164,8 +167,9 @@ def _propose(rows, codes, codebooks, tree, level, full, embeddings):
     proposed = codes[rows]
     errors = np.empty(len(rows))
     last = len(codebooks) - 1
-    for begin in range(0, len(rows), CHUNK_ROWS):
-        part = slice(begin, begin + CHUNK_ROWS)
+    chunk_rows = max(64, CHUNK_SCORES // max(tree.bases))
+    for begin in range(0, len(rows), chunk_rows):
+        part = slice(begin, begin + chunk_rows)
         own = torch.from_numpy(codes[rows[part]])
         vectors = [codebook[own[:, layer]] for layer, codebook in enumerate(codebooks)]
         target = sum(vectors) if embeddings is None else torch.as_tensor(embeddings[rows[part]]).float().cpu()
@@ -180,8 +184,14 @@ def _propose(rows, codes, codebooks, tree, level, full, embeddings):
             scores[tree.blocked(nodes, layer, full)] = np.inf
             best = scores.argmin(1)
             if layer == last:
-                # Products that want one leaf ask for their first, second, third best, or equal ones would need a round each.
-                place, _ = rank_in_groups(nodes * tree.bases[layer] + best, np.zeros(len(best)))
+                # Where more products want one leaf than it has room for, the others ask for their second, third, … best,
+                # or equal ones would need a round each.
+                added = (residual - codebook[torch.from_numpy(best)]).double().square().sum(1) - own_error
+                leaves = nodes * tree.bases[layer] + tree.digits[layer][best]
+                order = np.lexsort((rows[part], added.numpy(), leaves))
+                place = np.empty(len(best), dtype=np.int64)
+                place[order] = rank_in_groups(leaves[order], np.zeros(len(best)))[0]
+                place = (_counts_of(leaves, *taken) + place) // capacity
                 later = np.flatnonzero(place)
                 ordered = np.argsort(scores[later], axis=1, kind="stable")
                 place = np.minimum(place, len(codebook) - 1)
@@ -193,6 +203,12 @@ def _propose(rows, codes, codebooks, tree, level, full, embeddings):
         errors[part] = residual.double().square().sum(1) - own_error
         proposed[part][waits] = -1
     return proposed, errors
+
+
+def _counts_of(wanted, keys, counts):
+    """The count of each wanted key, 0 where it is not among the sorted keys."""
+    position = find_keys(keys, wanted)
+    return np.where(position >= 0, counts[position], 0) if len(keys) else np.zeros(len(wanted), dtype=np.int64)
 
 
 def _add_counts(keys, counts, more):

@@ -54,6 +54,10 @@ def pack_product_ids(product_ids):
     """
     if isinstance(product_ids, str | bytes):
         raise TypeError("product_ids must be a list of strings, got a single string.")
+    if isinstance(product_ids, set | frozenset | dict) or not hasattr(product_ids, "__len__"):
+        raise TypeError(
+            f"product_ids must be a list of strings, got {type(product_ids).__name__}, which has no order to go with the codes'."
+        )
     if len(product_ids) == 0:
         raise ValueError("product_ids is empty: a catalog needs at least one product.")
     packed, offsets = pack_strings(product_ids)
