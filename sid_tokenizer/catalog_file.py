@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -20,9 +21,14 @@ CONFIG = ("codebook_sizes", "suffix_size", "collisions", "capacity", "codebook_v
 
 def save_catalog(catalog, path, overwrite=False):
     """See [`ProductCatalog.save`]."""
-    with lock_folder(os.path.dirname(os.path.abspath(path))):
+    folder, name = os.path.split(os.path.abspath(path))
+    with lock_folder(folder) as locked:
         if not overwrite:
             check_successor(catalog, path)
+        # Of saves that were killed, where nobody else can be saving now. The pattern is that of mkstemp.
+        for other in os.listdir(folder) if locked else ():
+            if re.fullmatch(re.escape(name) + r"\.[a-z0-9_]{8}\.tmp", other):
+                os.remove(os.path.join(folder, other))
         write_catalog(catalog, path)
 
 
@@ -41,13 +47,15 @@ def write_catalog(catalog, path):
     linked = describe(path)
     if linked["inode"] == catalog.file["inode"]:
         # Any of them may be deleted, a checkpoint for instance; those that remain are the same file.
-        paths = [other for other in catalog.file["paths"] if other != path]
-        catalog.file = catalog.file | {"paths": [*paths[:1], *paths[1:][-6:], path]}
+        paths = catalog.file["paths"]
+        if path not in paths:
+            catalog.file = catalog.file | {"paths": [*paths[:1], *paths[1:][-6:], path]}
 
 
-def unchanged_file(catalog):
-    """A path to the file that holds exactly this catalog, or `None`."""
-    for path in reversed(catalog.file["paths"] if catalog.file else []):
+def unchanged_file(catalog, latest=True):
+    """A path to the file that holds exactly this catalog, the `latest` of several or the first; `None` if there is none."""
+    paths = catalog.file["paths"] if catalog.file else []
+    for path in reversed(paths) if latest else paths:
         try:
             found = describe(path)
         except OSError:
@@ -61,8 +69,8 @@ def note_path(catalog, old, new):
     """Notes that the catalog's file was given another name."""
     if catalog.file is not None:
         old, new = os.path.abspath(old), os.path.abspath(new)
-        paths = [path for path in catalog.file["paths"] if path not in (old, new)]
-        catalog.file = catalog.file | {"paths": [*paths, new]}
+        paths = [new if path == old else path for path in catalog.file["paths"]]
+        catalog.file = catalog.file | {"paths": list(dict.fromkeys(paths))}
 
 
 def check_successor(catalog, path):
@@ -92,6 +100,8 @@ def check_successor(catalog, path):
 
 def load_catalog(cls, path):
     """See [`ProductCatalog.load`]."""
+    # Before it is read: should another take its place meanwhile, it is not taken for this one.
+    file = describe(path) if os.path.exists(path) else None
     tensors, config = read_tensors(path, COLUMNS)
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -107,7 +117,7 @@ def load_catalog(cls, path):
         setattr(catalog, name, config[name])
     _check_history(catalog)
     _check_columns(catalog)
-    catalog.file = describe(path)
+    catalog.file = file
     return catalog
 
 
@@ -116,7 +126,8 @@ def pickle_by_file(catalog):
     What `__reduce__` returns for a catalog that lies in a file: another process on this machine maps the same file, rather
     than being sent all columns; `None` for one that does not.
     """
-    path = unchanged_file(catalog)
+    # The first, so that a tokenizer's hash does not change when it is saved with a checkpoint.
+    path = unchanged_file(catalog, latest=False)
     if path is None:
         return None
     return _load_unchanged, (type(catalog), path, catalog.file["bytes"], catalog.file["time"])
@@ -134,18 +145,19 @@ def _load_unchanged(cls, path, size, time):
 @contextmanager
 def lock_folder(folder):
     """
-    Keeps other processes that save catalogs to this folder waiting. The lock goes with the process, however it ends. Where
-    the system has no such locks (Windows), two processes that save in the same instant are not told of each other.
+    Keeps other processes that save catalogs to this folder waiting; yields whether it does. The lock goes with the process,
+    however it ends. Where the system has no such locks (Windows), two processes that save in the same instant are not told
+    of each other.
     """
     try:
         import fcntl
     except ImportError:
-        yield
+        yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield True
     finally:
         os.close(handle)
 
@@ -168,16 +180,21 @@ def _link(source, path):
     os.close(handle)
     os.remove(temporary)
     try:
-        # Not to a file behind a symbolic link, as the Hub's cache has them: who edits the copy must not change the cache.
-        if os.path.islink(source):
-            raise OSError
-        os.link(source, temporary)
-    except OSError:
-        # Another disk, or one that knows no links.
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+        try:
+            # Not to a file behind a symbolic link, as the Hub's cache has them: who edits the copy must not change the cache.
+            if os.path.islink(source):
+                raise OSError
+            os.link(source, temporary)
+        except OSError:
+            # Another disk, or one that knows no links.
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
 
 
 def _common(there, ours):

@@ -6,10 +6,12 @@ import tempfile
 from contextlib import contextmanager
 
 from .catalog_file import check_successor, lock_folder
-from .files import check_file
+from .files import read_json, write_json
 
 STAGING = ".sid_save-"
-PREVIOUS = ".sid_previous"  # what a file is called while the one that takes its place waits for the manifest
+# A folder that is there while files are being replaced, and holds what they were; while it is there, they count.
+PREVIOUS = ".sid_previous"
+KEPT, ADDED = "files", "added.json"
 
 
 @contextmanager
@@ -18,8 +20,8 @@ def staged_save(folder, catalog, catalog_name, manifest_name, read_manifest):
     Yields a new folder inside `folder`. The files written there take the places of those in `folder` when the block ends
     without an error, the manifest last; otherwise nothing changes.
 
-    Until the manifest is replaced, every other file that was replaced stays under another name, so that after a power cut in
-    between [`recovered`] still finds what the old manifest describes.
+    While files are replaced, those that they replace, and the names of those that are new, stay in a folder beside them, so
+    that [`recovered`] and the next save find the old state after a power cut in between.
 
     Args:
         folder (`str`):
@@ -35,104 +37,140 @@ def staged_save(folder, catalog, catalog_name, manifest_name, read_manifest):
         `ValueError`: if `folder` holds changes to this catalog that it does not know: somebody saved in the meantime.
     """
     os.makedirs(folder, exist_ok=True)
-    with lock_folder(folder):
-        check_successor(catalog, os.path.join(folder, catalog_name))
+    with lock_folder(folder) as locked:
         for name in os.listdir(folder):
-            if name.startswith(STAGING):  # of a save that was killed; nobody else is saving now
+            if locked and name.startswith(STAGING):  # of a save that was killed; nobody else is saving now
                 shutil.rmtree(os.path.join(folder, name))
         staging = tempfile.mkdtemp(prefix=STAGING, dir=folder)
         try:
+            # First, since the catalog of a save that died was never anybody's.
+            _restore(folder, staging)
+            check_successor(catalog, os.path.join(folder, catalog_name))
             yield staging
-            _commit(staging, folder, manifest_name, read_manifest)
+            read_manifest(os.path.join(staging, manifest_name))
+            _commit(staging, folder, manifest_name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def recovered(folder, manifest_name, read_manifest):
+def recovered(folder, manifest_name=None, read_manifest=None):
     """
     Yields the folder to load from: `folder`, or, if a save to it died half-way, a temporary one of links to the files that
-    the manifest describes.
+    were there before.
 
     Args:
         folder (`str`):
             A local folder; anything else is yielded as it is.
-        manifest_name (`str`)
-        read_manifest (callable):
-            Gives the manifest of a path.
+        manifest_name, read_manifest (*optional*):
+            Not needed.
     """
-    if not _is_torn(folder, manifest_name, read_manifest):
+    if not _is_torn(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory() as whole:
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if not name.startswith(STAGING) and not name.endswith(PREVIOUS):
-                kept = path + PREVIOUS if os.path.exists(path + PREVIOUS) else path
-                os.symlink(os.path.realpath(kept), os.path.join(whole, name))
+    with lock_folder(folder), tempfile.TemporaryDirectory() as whole:
+        # With the lock, since whoever saves may be about to finish.
+        if not _is_torn(folder):
+            yield folder
+            return
+        kept, added = _previous(folder)
+        names = {name for name in os.listdir(folder) if name != PREVIOUS and not name.startswith(STAGING)}
+        nested = {name.split(os.sep)[0] for name in [*kept, *added] if os.sep in name}
+        names = (names - nested) | set(kept)
+        for name in nested:
+            names |= {os.path.join(name, inner) for inner in _files(os.path.join(folder, name))}
+        for name in names - set(added):
+            link = os.path.join(whole, name)
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink(os.path.realpath(kept.get(name, os.path.join(folder, name))), link)
         yield whole
 
 
-def _commit(staging, folder, manifest_name, read_manifest):
-    # 1. what an earlier save that died has left: its new files go, the old ones come back
-    is_torn = _is_torn(folder, manifest_name, read_manifest)
-    for name in _replaced_files(folder):
-        path = os.path.join(folder, name)
-        if is_torn:
-            os.replace(path + PREVIOUS, path)
-        else:
-            os.remove(path + PREVIOUS)
-
-    # 2. the new files: first those that the manifest vouches for, by which a torn save is known; last the manifest
+def _commit(staging, folder, manifest_name):
     names = [
-        os.path.relpath(os.path.join(where, name), staging) for where, _, files in os.walk(staging) for name in files
+        name
+        for name in sorted(_files(staging), key=lambda name: (name == manifest_name, name))
+        if not _is_same_file(os.path.join(staging, name), os.path.join(folder, name))
     ]
-    names.sort(key=lambda name: (name == manifest_name, not name.startswith(("sid_", "tokenizer.json")), name))
-    replaced = []
+
+    # 1. what is to be replaced, under another name: all of it or nothing
+    added, previous = [], os.path.join(staging, PREVIOUS)
+    os.mkdir(previous)
     for name in names:
-        new, old = os.path.join(staging, name), os.path.join(folder, name)
-        with open(new, "rb") as file:
+        with open(os.path.join(staging, name), "rb") as file:
             os.fsync(file.fileno())
-        os.makedirs(os.path.dirname(old), exist_ok=True)
-        if os.path.exists(old):
-            if os.path.samefile(new, old):
-                continue
-            if name != manifest_name and os.path.dirname(name) == "":
-                _keep(old, old + PREVIOUS)
-                replaced.append(old + PREVIOUS)
-        os.replace(new, old)
+        if os.path.lexists(os.path.join(folder, name)):
+            _keep(os.path.join(folder, name), os.path.join(previous, KEPT, name))
+        else:
+            added.append(name)
+    write_json(os.path.join(previous, ADDED), {"added": added})
+    _sync_folder(previous)
+    os.rename(previous, os.path.join(folder, PREVIOUS))
+
+    # 2. the new files, last the manifest
+    try:
+        _sync_folder(folder)
+        for name in names:
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            os.replace(os.path.join(staging, name), os.path.join(folder, name))
+        for where in {os.path.dirname(os.path.join(folder, name)) for name in names}:
+            _sync_folder(where)
+        # 3. from here on they count
+        os.rename(os.path.join(folder, PREVIOUS), previous)
+    except BaseException:
+        _restore(folder, staging)
+        raise
     _sync_folder(folder)
-    for path in replaced:
-        os.remove(path)
+
+
+def _restore(folder, staging):
+    """Undoes a save that died; one that dies here as well leaves the rest to the next."""
+    if not _is_torn(folder):
+        return
+    kept, added = _previous(folder)
+    for name in added:
+        if os.path.lexists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    for name, path in kept.items():
+        os.replace(path, os.path.join(folder, name))
+    _sync_folder(folder)
+    os.rename(os.path.join(folder, PREVIOUS), os.path.join(staging, PREVIOUS))
+    # Not with the new files, should a save follow.
+    shutil.rmtree(os.path.join(staging, PREVIOUS))
+
+
+def _previous(folder):
+    """Paths to the files that were replaced, by name, and the names of those that were not there."""
+    previous = os.path.join(folder, PREVIOUS)
+    kept = {name: os.path.join(previous, KEPT, name) for name in _files(os.path.join(previous, KEPT))}
+    return kept, read_json(os.path.join(previous, ADDED))["added"]
+
+
+def _is_torn(folder):
+    return isinstance(folder, str | os.PathLike) and os.path.isdir(os.path.join(folder, PREVIOUS))
+
+
+def _files(folder):
+    return [
+        os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
+    ]
+
+
+def _is_same_file(path, other):
+    return os.path.exists(other) and not os.path.islink(other) and os.path.samefile(path, other)
 
 
 def _keep(path, other):
+    os.makedirs(os.path.dirname(other), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.path.realpath(path), other)
+        return
     try:
         os.link(path, other)
     except OSError:  # a disk that knows no links
-        shutil.copyfile(path, other + ".tmp")
-        os.replace(other + ".tmp", other)
-
-
-def _is_torn(folder, manifest_name, read_manifest):
-    """Whether files were replaced and the manifest was not."""
-    if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
-        return False
-    replaced = _replaced_files(folder)
-    if not replaced:
-        return False
-    try:
-        entries = read_manifest(os.path.join(folder, manifest_name))["files"]
-        for name in replaced:
-            if name in entries:
-                check_file(os.path.join(folder, name), entries[name])
-    except (OSError, ValueError):
-        return True
-    return False
-
-
-def _replaced_files(folder):
-    return [name.removesuffix(PREVIOUS) for name in os.listdir(folder) if name.endswith(PREVIOUS)]
+        shutil.copyfile(path, other)
+        with open(other, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder):
