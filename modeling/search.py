@@ -50,7 +50,8 @@ def search(
             SIDs: on a model with known distribution 10, 20 and 50 beams found .59, .88 and 1.00 of the true top 10.
         trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
             The SIDs that may be returned, for instance those in stock: `SIDTrie.from_tokenizer(tokenizer, sid_rows)`.
-            Its rows must be the catalog's. Building the default takes a sort of the catalog: pass one to repeated calls.
+            Its rows must be the catalog's. Building the default takes a sort of the catalog: pass one to repeated calls, and
+            build it again when the catalog changes.
         prefix_codes (`list[list[int]]`, *optional*):
             For each prompt the first codes of the SID, in the order of its tokens, -1 for an absent layer. They are
             taken as given: scores are conditional on them and do not include them.
@@ -92,6 +93,11 @@ def search(
         )
     is_own_trie = trie is None
     trie = (SIDTrie.from_tokenizer(tokenizer) if is_own_trie else trie).to(model.device)
+    if trie.catalog_version not in (None, tokenizer.catalog.version_id):
+        logger.warning_once(
+            "The trie was built before the catalog changed: it does not find products appended since, and where products were "
+            "withdrawn since, fewer than top_k may come back. Build it again with SIDTrie.from_tokenizer."
+        )
 
     # 2. prompts as lists of ids, the given codes behind them
     max_length = getattr(text_config, "max_position_embeddings", None)

@@ -34,6 +34,7 @@ class SIDTrie:
         num_sids (`int`): Number of SIDs, which is the number of leaves.
         num_nodes (`int`): Number of nodes, the root (node 0) included.
         max_token_id (`int`): The largest token id on any edge.
+        catalog_version (`str` or `None`): The `version_id` of the catalog that [`SIDTrie.from_tokenizer`] was given.
 
     Example:
 
@@ -70,6 +71,7 @@ class SIDTrie:
                 f"Row {row} of `sequences`, {tokens[row].tolist()}, starts with -1 or has a token after a -1. -1 may "
                 f"only pad on the right: drop absent layers before stacking the rows."
             )
+        self.catalog_version = None
         self.max_token_id = int(tokens.max())
         first_token_id = int(tokens.min(where=present, initial=self.max_token_id))
         codes = np.where(present, tokens.astype(np.int64) - (first_token_id - 1), 0)
@@ -142,31 +144,42 @@ class SIDTrie:
             tokenizer ([`SIDTokenizer`]):
                 The tokenizer, whose `sid_sequences` become the paths.
             sid_rows (`torch.LongTensor` of shape `(num_sids,)`, *optional*, defaults to all):
-                The catalog's rows of the SIDs that are kept, each once, in any order. "All" are those with a product that is
-                not withdrawn.
+                The catalog's rows of the SIDs that are kept, each once, in any order. SIDs whose products are all withdrawn
+                are left out.
 
         Returns:
             [`SIDTrie`]: The trie, on the CPU, whose SID rows are the catalog's.
 
         Raises:
             `TypeError`: if `sid_rows` is no integer tensor.
-            `ValueError`: if `sid_rows` is empty, has a negative row, one row twice, or a row beyond the catalog.
+            `ValueError`: if `sid_rows` is empty, has a negative row, one row twice, or a row beyond the catalog; or if no SID
+                is left because all products are withdrawn.
         """
-        num_sids = tokenizer.catalog.num_sids
+        catalog = tokenizer.catalog
+        live_rows = torch.from_numpy(catalog.live_sid_rows())
+        if len(live_rows) == 0:
+            raise ValueError(
+                "All products of the catalog are withdrawn: there is no SID left. Append or restore some."
+            )
         if sid_rows is None:
-            sid_rows = torch.from_numpy(tokenizer.catalog.live_sid_rows())
+            sid_rows = live_rows
+        else:
+            _check_sid_rows(sid_rows)
+            if sid_rows.max() >= catalog.num_sids:
+                raise ValueError(
+                    f"`sid_rows` has row {int(sid_rows.max())} but the catalog only {catalog.num_sids} SIDs. Pass rows of SIDs, "
+                    f"not of products: `tokenizer.catalog.sid_rows(product_rows)` translates, and `torch.unique` drops "
+                    f"repetitions."
+                )
+            sid_rows = sid_rows.detach().cpu()
+            sid_rows = sid_rows[torch.isin(sid_rows, live_rows)]
             if len(sid_rows) == 0:
                 raise ValueError(
-                    "All products of the catalog are withdrawn: there is no SID left. Append or restore some."
+                    "The products of all `sid_rows` are withdrawn: there is no SID left. Pass other rows."
                 )
-        _check_sid_rows(sid_rows)
-        if sid_rows.max() >= num_sids:
-            raise ValueError(
-                f"`sid_rows` has row {int(sid_rows.max())} but the catalog only {num_sids} SIDs. Pass rows of SIDs, not of "
-                f"products: `tokenizer.catalog.sid_rows(product_rows)` translates, and `torch.unique` drops repetitions."
-            )
-        sid_rows = sid_rows.detach().cpu()
-        return cls(tokenizer.sid_sequences(sid_rows.numpy()), sid_rows)
+        trie = cls(tokenizer.sid_sequences(sid_rows.numpy()), sid_rows)
+        trie.catalog_version = catalog.version_id
+        return trie
 
     @property
     def device(self) -> torch.device:

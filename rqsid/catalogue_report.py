@@ -10,8 +10,8 @@ from .sid_tokenizer.checks import check_codes
 from .sid_tokenizer.embeddings import EmbeddingReader
 from .sid_tokenizer.figures import plot_flow, plot_layers, plot_sweep
 from .sid_tokenizer.files import replace_atomically, write_json
-from .sid_tokenizer.refit import ROWS_PER_CODE, duplicate_share, refit
 from .sid_tokenizer.pruning_sweep import sweep
+from .sid_tokenizer.refit import ROWS_PER_CODE, duplicate_share, refit
 
 FIGURES = tuple(f"{kind}.{suffix}" for kind in ("layers", "flow", "sweep") for suffix in ("png", "svg"))
 

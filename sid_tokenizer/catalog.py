@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 
+from .catalog_checks import check_sizes
 from .catalog_columns import added_columns, columns_at, content_hash, first_columns, regrouped, row_type
 from .catalog_file import load_catalog, pickle_by_file, save_catalog
 from .catalog_lookups import CatalogLookups
@@ -14,6 +15,8 @@ from .index_files import read_index, write_index
 from .placement import check_inputs, check_policy, place_first, place_more
 from .pruning import TokenPruning
 from .strings import index_strings, pack_product_ids, search_packed
+
+KEPT_IDS = 1000
 
 
 class ProductCatalog(CatalogLookups):
@@ -27,7 +30,9 @@ class ProductCatalog(CatalogLookups):
 
     A catalog changes by [`~ProductCatalog.append`], [`~ProductCatalog.withdraw`], [`~ProductCatalog.restore`] and
     [`~ProductCatalog.update_popularity`], each of which makes a new version; no SID ever moves. Earlier versions stay
-    available through [`~ProductCatalog.at_version`].
+    available through [`~ProductCatalog.at_version`]. Threads may read while one changes the catalog; changes from several
+    threads need a lock of yours. A catalog that lies in a file is pickled as a reference to that file, so that processes on
+    one machine map it together.
 
     Attributes:
         codebook_sizes (`list[int]`): codes of each layer.
@@ -36,7 +41,7 @@ class ProductCatalog(CatalogLookups):
         collisions (`str`): `"share"`, `"suffix"` or `"reassign"`.
         capacity (`int`): products that one leaf takes where leaves are reassigned.
         codebook_version (`str` or `None`): fingerprint of the quantizer that `build` was given.
-        history (`list[dict]`): what each version changed, the first first.
+        history (`list[dict]`): what each version changed, the oldest that is left first.
         sid_codes (`np.ndarray`): Shape: (S, L + 1). -1 where a layer is absent; the last column is the suffix.
         popularity (`np.ndarray`): Shape: (N,).
         withdrawn (`np.ndarray` of bool): Shape: (N,).
@@ -60,7 +65,7 @@ class ProductCatalog(CatalogLookups):
         self.capacity = capacity
         self.codebook_version = None
         self.history = history or []
-        self.oldest_version = 1
+        self.ancestors = []  # ids of versions that were given up: the first, and the last of them
         self.file = None  # where an equal copy lies, see catalog_file.py
         self._sid_index = None
 
@@ -128,9 +133,12 @@ class ProductCatalog(CatalogLookups):
                 f"The pruning was fitted on codebooks {pruning.codebook_sizes}, these codes have {codebook_sizes}. "
                 "Fit the pruning on the codes of this catalog."
             )
+        # A copy, since fitting the rule again would change what SIDs mean.
+        pruning = TokenPruning.from_dict(pruning.to_dict())
         check_codes(codes, codebook_sizes)
         popularity = check_inputs(num_products, codes, popularity, texts, embeddings)
         check_policy(collisions, suffix_size, capacity, quantizer, embeddings)
+        check_sizes(codebook_sizes)
         version = None if quantizer is None else check_quantizer(quantizer, codebook_sizes)
         if embeddings is not None and not measures_embeddings(quantizer):
             raise ValueError(
@@ -145,8 +153,9 @@ class ProductCatalog(CatalogLookups):
         columns = first_columns(packed, codes, sids, codebook_sizes, suffix_size, popularity, texts)
         catalog = cls(columns, codebook_sizes, pruning, suffix_size, collisions, capacity)
         catalog.codebook_version = version
-        names = ("product_id_hashes", "product_codes", "product_sids", "sid_codes", "popularity")
-        catalog._commit(columns, "build", num_products, content_hash(*[columns[name] for name in names]))
+        names = ("product_id_hashes", "product_id_order", "product_codes", "product_sids", "sid_codes", "popularity")
+        content = content_hash(*[columns[name] for name in names], columns["text_bytes"], columns["text_offsets"])
+        catalog._commit(columns, "build", num_products, f"{content} {pruning.to_dict()} {collisions} {capacity}")
         return catalog
 
     # Changes
@@ -212,6 +221,7 @@ class ProductCatalog(CatalogLookups):
             if embeddings is None or quantizer is None:
                 raise ValueError("Pass codes, or embeddings and quantizer to encode them with.")
             codes = quantizer.encode(embeddings)
+            embeddings = embeddings if hasattr(embeddings, "shape") else None  # a file or a data set was encoded
         codes = as_numpy(codes)
         check_codes(codes, self.codebook_sizes)
         packed = pack_product_ids(product_ids)
@@ -227,7 +237,13 @@ class ProductCatalog(CatalogLookups):
             self.columns, *packed, index, codes, sids, self.codebook_sizes, self.suffix_size, popularity, texts
         )
         first = len(self)
-        self._commit(columns, "append", len(codes), content_hash(index[0], index[1], codes, sids, popularity))
+        new = [columns[name][first:] for name in ("product_codes", "product_sids", "popularity")]
+        text = (
+            columns["text_bytes"][columns["text_offsets"][first] :]
+            if len(columns["text_offsets"]) > 1
+            else index[0][:0]
+        )
+        self._commit(columns, "append", len(codes), content_hash(*index, *new, sids.astype(np.int32), text))
         return np.arange(first, len(self))
 
     def withdraw(self, product_ids):
@@ -285,7 +301,22 @@ class ProductCatalog(CatalogLookups):
     @property
     def version(self):
         """Number of the current version, from 1."""
-        return len(self.history)
+        return self.history[-1]["version"] if self.history else 0
+
+    @property
+    def oldest_version(self):
+        """Number of the oldest version that [`~ProductCatalog.at_version`] can give."""
+        return self.history[0]["version"]
+
+    @property
+    def version_id(self):
+        """`str`: changes with every change, and differs between copies that were changed differently."""
+        return self.history[-1]["id"]
+
+    @property
+    def origin(self):
+        """`str`: the `version_id` that the catalog was built with."""
+        return (self.ancestors or [self.history[0]["id"]])[0]
 
     def at_version(self, version):
         """
@@ -308,9 +339,10 @@ class ProductCatalog(CatalogLookups):
                 f"version={version} was given up by forget_versions; {self.oldest_version} is the oldest that is left."
             )
         old = copy.copy(self)
+        old.history = self.history[: version - self.oldest_version + 1]
         if version < self.version:
-            old.columns = columns_at(self.columns, self.history[version - 1], self.history[self.oldest_version - 1])
-            old.history, old.file, old._sid_index = self.history[:version], None, None
+            old.columns = columns_at(self.columns, old.history[-1], self.history[0])
+            old.file, old._sid_index = None, None
         return old
 
     def forget_versions(self, before=None):
@@ -326,13 +358,17 @@ class ProductCatalog(CatalogLookups):
             raise ValueError(f"before={before!r}: this catalog has versions 1 to {self.version}.")
         if before <= self.oldest_version:
             return
-        base, kept = self.history[self.oldest_version - 1], self.history[before - 1]
-        num_withdrawn = kept["withdrawn_log"] - base["withdrawn_log"]
-        num_popularity = kept["popularity_log"] - base["popularity_log"]
+        kept = self.history[before - self.oldest_version :]
+        given_up = [entry["id"] for entry in self.history[: -len(kept)]]
+        num_withdrawn = kept[0]["withdrawn_log"] - self.history[0]["withdrawn_log"]
+        num_popularity = kept[0]["popularity_log"] - self.history[0]["popularity_log"]
         logs = {"withdrawn_log": self.columns["withdrawn_log"][num_withdrawn:].copy()}
         for name in ("popularity_log_rows", "popularity_log_values"):
             logs[name] = self.columns[name][num_popularity:].copy()
-        self.columns, self.oldest_version, self.file = self.columns | logs, before, None
+        # By the ids a save knows an older state of this catalog, which it may replace, from somebody else's changes.
+        ancestors = [*self.ancestors, *given_up]
+        self.ancestors = [ancestors[0], *ancestors[1:][-KEPT_IDS:]]
+        self.columns, self.history, self.file = self.columns | logs, kept, None
 
     # Files
 
@@ -468,7 +504,7 @@ class ProductCatalog(CatalogLookups):
     def _commit(self, columns, change, count, content):
         """Takes over new columns as a new version, all at once."""
         last = self.history[-1] if self.history else {"id": "", "withdrawn_log": 0, "popularity_log": 0}
-        base = self.history[self.oldest_version - 1] if self.history else last
+        base = self.history[0] if self.history else last
         entry = {
             "version": self.version + 1,
             "change": change,
@@ -476,12 +512,12 @@ class ProductCatalog(CatalogLookups):
             "products": len(columns["product_sids"]),
             "sids": len(columns["sid_codes"]),
             "withdrawn": int(columns["product_withdrawn"].sum()),
-            # Counted from the first version on, whatever was forgotten since.
+            # Counted from the first version on, whatever was given up since.
             "withdrawn_log": base["withdrawn_log"] + len(columns["withdrawn_log"]),
             "popularity_log": base["popularity_log"] + len(columns["popularity_log_rows"]),
             "id": content_hash(np.frombuffer(f"{last['id']} {change} {content}".encode(), dtype=np.uint8)),
         }
-        self.columns, self.history, self.file, self._sid_index = columns, [*self.history, entry], None, None
+        self.columns, self.history, self.file = columns, [*self.history, entry], None
 
     def _toggle(self, product_ids, change, withdrawn):
         rows = self._distinct_rows(product_ids)

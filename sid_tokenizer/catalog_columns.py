@@ -70,7 +70,7 @@ def first_columns(packed_ids, codes, sids, codebook_sizes, suffix_size, populari
         "product_id_order": order.astype(rows),
         "text_bytes": text_bytes,
         "text_offsets": text_offsets,
-        "product_codes": np.ascontiguousarray(codes, dtype=code_type(sizes)),
+        "product_codes": np.array(codes, dtype=code_type(sizes), order="C"),
         "product_sids": product_sids.astype(rows),
         "product_withdrawn": withdrawn,
         "popularity": popularity,

@@ -7,16 +7,15 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .catalog_checks import check_catalog
 from .catalog_columns import COLUMNS
-from .checks import check_codes
 from .files import read_tensors, write_tensors
 from .pruning import TokenPruning
 
 FORMAT_VERSION = 2
-CONFIG = ("codebook_sizes", "suffix_size", "collisions", "capacity", "codebook_version", "history", "oldest_version")
+CONFIG = ("codebook_sizes", "suffix_size", "collisions", "capacity", "codebook_version", "history", "ancestors")
 
 
 def save_catalog(catalog, path, overwrite=False):
@@ -81,20 +80,20 @@ def check_successor(catalog, path):
     try:
         with safe_open(path, framework="np") as file:
             config = json.loads((file.metadata() or {})["config"])
-        there = [entry["id"] for entry in config["history"]]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        there, last = [*config["ancestors"], *(entry["id"] for entry in config["history"])], config["history"][-1]
+    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
         return  # no catalog, or a damaged one: nothing that could be lost
-    ours = [entry["id"] for entry in catalog.history]
-    if not there or not ours or there[0] != ours[0] or there[-1] in ours:
+    ours = [*catalog.ancestors, *(entry["id"] for entry in catalog.history)]
+    if there[0] != ours[0] or there[-1] in ours:
         return
     what = (
-        f"version {len(there)} of this catalog, and this is version {len(ours)}"
+        f"version {last.get('version')} of this catalog, and this is version {catalog.version}"
         if ours[-1] in there
-        else f"other changes to this catalog since version {_common(there, ours)}"
+        else "other changes to this catalog than this one has"
     )
     raise ValueError(
         f"{path} holds {what}: somebody saved it in the meantime, and saving would undo that. Load it, make your changes "
-        "again and save, or save elsewhere."
+        "again and save, or save elsewhere. ProductCatalog.save(path, overwrite=True) replaces it all the same."
     )
 
 
@@ -115,8 +114,7 @@ def load_catalog(cls, path):
     catalog = cls(columns, config["codebook_sizes"], TokenPruning.from_dict(config["pruning"]))
     for name in CONFIG:
         setattr(catalog, name, config[name])
-    _check_history(catalog)
-    _check_columns(catalog)
+    check_catalog(catalog)
     catalog.file = file
     return catalog
 
@@ -146,8 +144,8 @@ def _load_unchanged(cls, path, size, time):
 def lock_folder(folder):
     """
     Keeps other processes that save catalogs to this folder waiting; yields whether it does. The lock goes with the process,
-    however it ends. Where the system has no such locks (Windows), two processes that save in the same instant are not told
-    of each other.
+    however it ends. Where there are no such locks (Windows, some network disks), two processes that save in the same instant
+    are not told of each other.
     """
     try:
         import fcntl
@@ -156,8 +154,12 @@ def lock_folder(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
     finally:
         os.close(handle)
 
@@ -195,99 +197,3 @@ def _link(source, path):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-
-
-def _common(there, ours):
-    return sum(first == second for first, second in zip(there, ours, strict=False))
-
-
-def _check_history(catalog):
-    sizes, history = catalog.codebook_sizes, catalog.history
-    counts = ("version", "count", "products", "sids", "withdrawn", "withdrawn_log", "popularity_log")
-    good = (
-        isinstance(sizes, list)
-        and len(sizes) > 0
-        and all(type(size) is int and size > 0 for size in sizes)
-        and type(catalog.suffix_size) is int
-        and catalog.suffix_size >= 0
-        and type(catalog.capacity) is int
-        and isinstance(history, list)
-        and len(history) > 0
-        and all(
-            isinstance(entry, dict)
-            and isinstance(entry.get("id"), str)
-            and all(type(entry.get(key)) is int and entry[key] >= 0 for key in counts)
-            for entry in history
-        )
-        and type(catalog.oldest_version) is int
-        and 1 <= catalog.oldest_version <= len(history)
-        and history[-1]["products"] == len(catalog)
-        and history[-1]["sids"] == catalog.num_sids
-        and catalog.pruning.codebook_sizes == sizes
-    )
-    if not good:
-        raise ValueError(
-            "The catalog's configuration does not fit its columns: the file was edited. Save or download it again."
-        )
-
-
-def _check_columns(catalog):
-    columns, num_products, num_sids = catalog.columns, len(catalog), catalog.num_sids
-    num_listed, num_changes = len(columns["sid_products"]), len(columns["popularity_log_rows"])
-    base, last = catalog.history[catalog.oldest_version - 1], catalog.history[-1]
-    shapes = {
-        "product_id_offsets": (num_products + 1,),
-        "product_id_hashes": (num_products,),
-        "product_id_order": (num_products,),
-        "product_codes": (num_products, catalog.num_layers),
-        "product_sids": (num_products,),
-        "product_withdrawn": (num_products,),
-        "popularity": (num_products,),
-        "sid_codes": (num_sids, catalog.num_layers + 1),
-        "sid_order": (num_sids,),
-        "sid_offsets": (num_sids + 1,),
-        "sid_products": (num_listed,),
-        "withdrawn_log": (last["withdrawn_log"] - base["withdrawn_log"],),
-        "popularity_log_rows": (last["popularity_log"] - base["popularity_log"],),
-        "popularity_log_values": (num_changes,),
-    }
-    if len(columns["text_offsets"]) != 1:
-        shapes["text_offsets"] = (num_products + 1,)
-    for name, shape in shapes.items():
-        if columns[name].shape != shape:
-            raise ValueError(f"Column {name} of the catalog has shape {columns[name].shape}, expected {shape}.")
-    kinds = {"popularity": "f", "popularity_log_values": "f", "product_withdrawn": "b"}
-    for name in COLUMNS:
-        if columns[name].dtype.kind not in kinds.get(name, "iu"):
-            raise ValueError(f"Column {name} of the catalog holds {columns[name].dtype}: the file was edited.")
-    if num_listed != num_products - int(columns["product_withdrawn"].sum()):
-        raise ValueError("Column sid_products of the catalog does not list the products that are not withdrawn.")
-    ends = {"product_id_order": num_products, "product_sids": num_sids, "sid_order": num_sids}
-    ends |= {"sid_products": num_products, "withdrawn_log": num_products, "popularity_log_rows": num_products}
-    for name, end in ends.items():
-        column = columns[name]
-        if len(column) and (column.min() < 0 or column.max() >= end):
-            raise ValueError(f"Column {name} of the catalog points outside [0, {end}): the file was edited.")
-    for name, end in (
-        ("product_id_offsets", len(columns["product_id_bytes"])),
-        ("text_offsets", len(columns["text_bytes"])),
-        ("sid_offsets", num_listed),
-    ):
-        offsets = columns[name]
-        if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
-            raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}.")
-    check_codes(columns["product_codes"], catalog.codebook_sizes)
-    check_codes(columns["sid_codes"], [*catalog.codebook_sizes, max(1, catalog.suffix_size)])
-    kept = np.array(
-        [
-            layer
-            for layer in range(catalog.num_layers)
-            if not catalog.pruning.num_pruned or layer != catalog.pruning.layer
-        ],
-        dtype=int,
-    )
-    if any((columns["sid_codes"][:, layer] < 0).any() for layer in kept):
-        raise ValueError(
-            "Column sid_codes of the catalog holds absent codes in a layer that is not pruned, so that one SID could be "
-            "the beginning of another: the file was edited."
-        )

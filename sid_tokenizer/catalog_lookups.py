@@ -67,7 +67,8 @@ class CatalogLookups:
         rows = self.find_products(product_ids)
         unknown = np.flatnonzero(rows < 0)
         if len(unknown):
-            some = ", ".join(sorted({repr(str(product_ids[position])) for position in unknown[:1000]})[:3])
+            names = list(product_ids)  # by position, which is no label as in a pandas Series
+            some = ", ".join(sorted({repr(str(names[position])) for position in unknown[:1000]})[:3])
             raise ValueError(
                 f"{len(unknown)} of {len(product_ids)} product ids are not in the catalog, for instance {some}. Leave them "
                 "out, or append them to the catalog."
@@ -82,7 +83,8 @@ class CatalogLookups:
         Returns:
             `list[str]`: their ids.
         """
-        return unpack_strings(self.columns["product_id_bytes"], self.columns["product_id_offsets"], product_rows)
+        columns = self.columns
+        return unpack_strings(columns["product_id_bytes"], columns["product_id_offsets"], product_rows)
 
     def texts(self, product_rows):
         """
@@ -92,9 +94,10 @@ class CatalogLookups:
         Returns:
             `list[str]`: their texts, empty where none was given.
         """
-        if len(self.columns["text_offsets"]) == 1:
+        columns = self.columns
+        if len(columns["text_offsets"]) == 1:
             return [""] * len(self.product_ids(product_rows))
-        return unpack_strings(self.columns["text_bytes"], self.columns["text_offsets"], product_rows)
+        return unpack_strings(columns["text_bytes"], columns["text_offsets"], product_rows)
 
     def sid_rows(self, product_rows):
         """
@@ -134,20 +137,26 @@ class CatalogLookups:
                 "for the suffix, -1 where a SID has none."
             )
         sizes = digit_sizes(self.codebook_sizes, self.suffix_size)
-        if self._sid_index is None:
-            self._sid_index = sid_keys(self.sid_codes, sizes)[self.columns["sid_order"]]
+        # Columns once, since another thread may put others in their place; and the index only with those it was made for.
+        columns, index = self.columns, self._sid_index
+        if index is None or index[0] is not columns["sid_order"]:
+            index = columns["sid_order"], sid_keys(columns["sid_codes"], sizes)[columns["sid_order"]]
+            self._sid_index = index
         # A code outside its codebook would make the key of another SID.
         inside = ((sid_codes >= -1) & (sid_codes < np.array(sizes) - 1)).all(1)
-        position = find_keys(self._sid_index, sid_keys(sid_codes, sizes))
-        return np.where((position >= 0) & inside, self.columns["sid_order"][position], -1).astype(np.int64)
+        position = find_keys(index[1], sid_keys(sid_codes, sizes))
+        return np.where((position >= 0) & inside, columns["sid_order"][position], -1).astype(np.int64)
 
     def products_of(self, sid_row):
         """
         Returns:
             `np.ndarray` (int64): the product rows that share a SID, most popular first, without those withdrawn.
         """
-        start, end = self.columns["sid_offsets"][sid_row : sid_row + 2]
-        return self.columns["sid_products"][start:end].astype(np.int64)
+        columns = self.columns
+        if not 0 <= sid_row < len(columns["sid_codes"]):
+            raise ValueError(f"sid_row={sid_row}: the catalog has SID rows 0 to {len(columns['sid_codes']) - 1}.")
+        start, end = columns["sid_offsets"][sid_row : sid_row + 2]
+        return columns["sid_products"][start:end].astype(np.int64)
 
     def expand_sids(self, sid_rows, top_k):
         """
@@ -166,8 +175,9 @@ class CatalogLookups:
         sid_rows = np.asarray(sid_rows, dtype=np.int64)
         if sid_rows.shape[1] == 0:
             sid_rows = np.full((len(sid_rows), 1), -1)
-        offsets = self.columns["sid_offsets"]
-        if len(self.columns["sid_products"]) == 0:
+        columns = self.columns
+        offsets = columns["sid_offsets"]
+        if len(columns["sid_products"]) == 0:
             nothing = np.full((len(sid_rows), top_k), -1, dtype=np.int64)
             return nothing, nothing.copy()
         safe = np.maximum(sid_rows, 0)
@@ -183,7 +193,7 @@ class CatalogLookups:
         valid = ranks < ends[:, -1:]
         within = ranks - np.take_along_axis(starts, positions, axis=1)
         index = np.take_along_axis(offsets[safe], positions, axis=1) + within
-        products = self.columns["sid_products"][np.where(valid, index, 0)].astype(np.int64)
+        products = columns["sid_products"][np.where(valid, index, 0)].astype(np.int64)
         return np.where(valid, products, -1), np.where(valid, positions, -1)
 
     def lengths(self):
@@ -205,5 +215,6 @@ class CatalogLookups:
         return report_collisions(np.diff(columns["sid_offsets"]), columns["sid_products"], columns["popularity"], ks)
 
     def _id_columns(self):
+        columns = self.columns
         names = ("product_id_bytes", "product_id_offsets", "product_id_hashes", "product_id_order")
-        return [self.columns[name] for name in names]
+        return [columns[name] for name in names]

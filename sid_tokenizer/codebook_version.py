@@ -1,6 +1,7 @@
 """Which codebooks a catalog's codes belong to."""
 
 import hashlib
+import json
 
 
 def codebook_version(quantizer):
@@ -10,9 +11,11 @@ def codebook_version(quantizer):
             Fitted.
 
     Returns:
-        `str`: 16 hexadecimal digits that change with any parameter of the quantizer.
+        `str`: 16 hexadecimal digits that change with any parameter of the quantizer, and with how it encodes.
     """
-    digest = hashlib.sha256()
+    names = ("metric", "normalize_residuals", "num_beams", "skipped_codes")
+    how = {name: getattr(quantizer.config, name, None) for name in names}
+    digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
     for name, tensor in sorted(quantizer.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())

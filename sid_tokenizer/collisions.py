@@ -10,7 +10,7 @@ from .sid_keys import group_rows, rank_in_groups, sid_keys
 @dataclass
 class CollisionReport:
     """
-    What [`ProductCatalog.collisions`] counts, over the products that are not withdrawn.
+    What [`ProductCatalog.collision_report`] counts, over the products that are not withdrawn.
 
     Args:
         products (`int`): products.

@@ -122,6 +122,8 @@ class TokenPruning:
                 quantizer or the embeddings, or a code cannot be split.
         """
         codes = self._check(codes, codebook_sizes)
+        if weights is not None:
+            check_weights(weights, len(codes))
         if (self.strategy == "split") != (quantizer is not None) or (quantizer is None) != (embeddings is None):
             raise ValueError('quantizer and embeddings go with strategy="split", which needs both.')
         if quantizer is not None and list(quantizer.codebook_sizes) != [int(size) for size in codebook_sizes]:

@@ -54,7 +54,7 @@ def staged_save(folder, catalog, catalog_name, manifest_name, read_manifest):
 
 
 @contextmanager
-def recovered(folder, manifest_name=None, read_manifest=None):
+def recovered(folder):
     """
     Yields the folder to load from: `folder`, or, if a save to it died half-way, a temporary one of links to the files that
     were there before.
@@ -62,8 +62,6 @@ def recovered(folder, manifest_name=None, read_manifest=None):
     Args:
         folder (`str`):
             A local folder; anything else is yielded as it is.
-        manifest_name, read_manifest (*optional*):
-            Not needed.
     """
     if not _is_torn(folder):
         yield folder

@@ -100,9 +100,15 @@ class SIDTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        name = pretrained_model_name_or_path
+        local = os.path.join(name, kwargs.get("subfolder") or "") if os.path.isdir(name) else name
         try:
-            with recovered(pretrained_model_name_or_path, MANIFEST_FILE, read_manifest) as folder:
-                return super().from_pretrained(folder, *args, **kwargs)
+            with recovered(local) as folder:
+                if folder == local:
+                    return super().from_pretrained(name, *args, **kwargs)
+                tokenizer = super().from_pretrained(folder, *args, **kwargs | {"subfolder": ""})
+                tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = os.fspath(name)
+                return tokenizer
         except JSONDecodeError as error:
             # The files of the bundle are checked and named elsewhere; this one is transformers' own.
             raise ValueError(
@@ -177,7 +183,14 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         if quantizer is not None and len(quantizer.codebooks) == 0:
             raise ValueError("The quantizer is not fitted. Call fit(embeddings) first, or leave it out.")
         if quantizer is not None:
-            check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
+            if not hasattr(quantizer, "prices"):
+                raise ValueError(
+                    f"A {type(quantizer).__name__} cannot be stored with a tokenizer, only a ResidualQuantizer. Save it in a "
+                    "folder of its own, and leave quantizer out."
+                )
+            version = check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
+            if catalog.codebook_version is None:
+                catalog.codebook_version, catalog.file = version, None
         layer_order = check_layer_order(layer_order, catalog)
 
         last_id = max(base.get_vocab().values())
@@ -268,8 +281,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
     def max_sid_length(self):
         """Tokens of the longest SID, without the end token."""
         version, length = self.cache.get("max_sid_length", (None, None))
-        if version != self.catalog.version:
-            version, length = self.catalog.version, int(self.catalog.lengths().max())
+        if version != self.catalog.version_id:
+            version, length = self.catalog.version_id, int(self.catalog.lengths().max())
             self.cache["max_sid_length"] = version, length
         return length
 
@@ -304,7 +317,7 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             digest = hashlib.sha256(np.concatenate(self._layer_token_ids).tobytes())
             if self.quantizer is None:
                 # Nothing but the products tells an imported index from another; those appended later are no part of this.
-                digest.update(self.catalog.history[0]["id"].encode())
+                digest.update(self.catalog.origin.encode())
             else:
                 for codebook in self.quantizer.codebooks:
                     digest.update(codebook.detach().float().cpu().numpy().tobytes())

@@ -207,7 +207,7 @@ class SIDTrainer(Trainer):
             )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
-        version = self.processing_class.catalog.version
+        version = self.processing_class.catalog.version_id
         if self._trie is None or self._trie[0] != version:
             self._trie = version, SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
         with self.compute_loss_context_manager():

@@ -15,6 +15,7 @@ class StubCatalog:
     def __init__(self, group_sizes):
         self.groups = np.split(np.arange(sum(group_sizes)), np.cumsum(group_sizes)[:-1])
         self.num_sids = len(group_sizes)
+        self.version_id = "1"
 
     def expand_sids(self, sid_rows, top_k):
         products, positions = np.full((2, len(sid_rows), top_k), -1, dtype=np.int64)

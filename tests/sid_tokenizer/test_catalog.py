@@ -1,5 +1,7 @@
 import itertools
 import pickle
+import sys
+import threading
 import tracemalloc
 
 import numpy as np
@@ -363,10 +365,51 @@ EDITS = {
     "cut popularity": (cut("popularity"), r"popularity .* shape \(59,\), expected \(60,\)"),
     "cut sid_codes": (cut("sid_codes"), "does not fit its columns"),
     "cut product_id_bytes": (cut("product_id_bytes"), "product_id_offsets"),
-    "float codes": (retype("sid_codes"), "sid_codes.*float32: the file was edited"),
+    "float codes": (retype("sid_codes"), "sid_codes.*float32, not int16: the file was edited"),
     "no popularity": (leave_out("popularity"), "lacks popularity"),
     "no sizes": (leave_out("codebook_sizes"), "lacks.*codebook_sizes"),
     "no pruning": (leave_out("pruning"), "lacks.*pruning"),
+    "bytes of no width": (
+        lambda columns, config: columns.update(product_id_bytes=np.zeros((10**12, 0), np.uint8)),
+        "product_id_bytes .* shape",
+    ),
+    "words for bytes": (
+        lambda columns, config: columns.update(product_id_bytes=columns["product_id_bytes"].astype(np.int64)),
+        "product_id_bytes .* holds int64, not uint8",
+    ),
+    "text_offsets in a square": (
+        lambda columns, config: columns.update(text_offsets=columns["text_offsets"][None]),
+        "text_offsets .* shape",
+    ),
+    "popularity nan": (edit("popularity", 3, np.nan), "popularity .* NaN"),
+    "hashes fall": (edit("product_id_hashes", 0, 2**62), "product_id_hashes .* does not ascend"),
+    "order repeats": (edit("product_id_order", slice(0, 2), 7), "product_id_order .* twice"),
+    "sids repeat": (
+        lambda columns, config: columns.update(
+            sid_codes=columns["sid_codes"][[0, 0, *range(2, len(columns["sid_codes"]))]]
+        ),
+        "sid_order .* one is there twice",
+    ),
+    "sids unsorted": (
+        lambda columns, config: columns.update(sid_order=columns["sid_order"][::-1].copy()),
+        "sid_order .* does not sort",
+    ),
+    "products elsewhere": (
+        lambda columns, config: columns.update(sid_products=columns["sid_products"][::-1].copy()),
+        "sid_products .* elsewhere",
+    ),
+    "withdrawn but listed": (edit("product_withdrawn", 3, True), "sid_products .* not withdrawn"),
+    "capacity": (lambda columns, config: config.update(capacity=-5), "does not fit"),
+    "collisions": (lambda columns, config: config.update(collisions="merge"), "does not fit"),
+    "huge codebooks": (lambda columns, config: config.update(codebook_sizes=[2**31 - 1] * 3), "does not fit"),
+    "suffix_size": (lambda columns, config: config.update(suffix_size=10**30), "does not fit"),
+    "history shrinks": (
+        lambda columns, config: config.update(
+            history=[config["history"][0] | {"products": 10**9}] + config["history"]
+        ),
+        "does not fit",
+    ),
+    "history of nothing": (lambda columns, config: config.update(history=[]), "does not fit"),
     "version": (lambda columns, config: config.update(format_version=1), "format version 1"),
 }
 
@@ -384,3 +427,99 @@ def test_edited_files_are_refused(name, tmp_path, make_parts):
     with pytest.raises(ValueError, match=message):
         ProductCatalog.load(tmp_path / "edited.safetensors")
     ProductCatalog.load(path)
+
+
+def test_a_sid_with_and_without_suffix_is_refused(tmp_path):
+    catalog = ProductCatalog.build(["a", "b", "c"], np.array([[0, 0], [0, 0], [1, 1]]), [2, 2], collisions="suffix")
+    columns = catalog.columns | {"sid_codes": np.array([[0, 0, -1], [0, 0, 1], [1, 1, -1]], dtype=np.int16)}
+    catalog.columns = columns
+    catalog.save(tmp_path / "catalog")
+    with pytest.raises(ValueError, match="with and without a suffix, the one the beginning of the other"):
+        ProductCatalog.load(tmp_path / "catalog")
+
+
+def test_what_the_caller_changes_later_is_not_the_catalogs():
+    codes, popularity = np.array([[0, 1], [1, 0], [1, 1]], dtype=np.int16), np.arange(3.0)
+    pruning = TokenPruning("top_k", layer=0, top_k=1).fit(codes, [2, 2])
+    catalog = ProductCatalog.build(["a", "b", "c"], codes, [2, 2], pruning, popularity)
+    sids = catalog.sid_codes[catalog.sid_rows([0, 1, 2])].tolist()
+    codes[:], popularity[:] = 0, 9
+    pruning.fit(np.zeros((3, 2), dtype=int), [2, 2])
+    catalog.append(["d"], np.array([[1, 1]]))
+    assert catalog.codes.tolist() == [[0, 1], [1, 0], [1, 1], [1, 1]] and catalog.popularity.tolist() == [0, 1, 2, 0]
+    assert catalog.sid_codes[catalog.sid_rows([0, 1, 2, 3])].tolist() == [*sids, sids[2]]
+    catalog.at_version(2).history.append("x")
+    assert catalog.version == 2
+
+
+def test_different_catalogs_have_different_versions():
+    codes = np.array([[0, 1], [1, 0]])
+    built = [
+        ProductCatalog.build(ids, codes, [2, 2], texts=texts, collisions=collisions)
+        for ids, texts, collisions in [
+            (["a", "b"], None, "share"),
+            (["b", "a"], None, "share"),
+            (["a", "b"], ["x", "y"], "share"),
+            (["a", "b"], ["x", "z"], "share"),
+            (["a", "b"], None, "suffix"),
+        ]
+    ]
+    assert len({catalog.version_id for catalog in built}) == 5
+    again = [ProductCatalog.build(["a", "b"], codes.astype(kind), [2, 2]) for kind in (np.int16, np.int32, np.int64)]
+    assert {catalog.version_id for catalog in again} == {built[0].version_id}
+    for catalog, kind, text in zip(again, (np.int16, np.int32, np.int32), "xxy", strict=True):
+        catalog.append(["c"], codes[:1].astype(kind), texts=[text])
+    assert again[0].version_id == again[1].version_id != again[2].version_id
+
+
+def test_forgetting_shortens_the_history_and_keeps_the_descent(tmp_path):
+    catalog = ProductCatalog.build(["a", "b"], np.array([[0, 1], [1, 0]]), [2, 2])
+    catalog.save(tmp_path / "catalog")
+    origin = catalog.origin
+    for value in range(1, 6):
+        catalog.update_popularity(["a"], [value])
+    catalog.forget_versions(before=5)
+    assert (catalog.version, catalog.oldest_version, len(catalog.history), catalog.origin) == (6, 5, 2, origin)
+    assert catalog.at_version(5).popularity.tolist() == [4, 0]
+    catalog.save(tmp_path / "catalog")  # over version 1, which it descends from
+    loaded = ProductCatalog.load(tmp_path / "catalog")
+    assert (loaded.version, loaded.oldest_version, loaded.origin) == (6, 5, origin)
+    loaded.withdraw(["b"])
+    assert loaded.version == 7 and loaded.at_version(5).popularity.tolist() == [4, 0]
+    with pytest.raises(ValueError, match="5 is the oldest that is left"):
+        loaded.at_version(4)
+    other = ProductCatalog.load(tmp_path / "catalog", version=5)
+    other.update_popularity(["b"], [3])
+    with pytest.raises(ValueError, match="other changes to this catalog than this one has"):
+        other.save(tmp_path / "catalog")
+
+
+def test_reading_while_another_thread_changes(make_parts):
+    """A reader sees the catalog before or after a change, not a mixture."""
+    catalog = make_parts()[2]
+    catalog = ProductCatalog.build([f"p{row}" for row in range(60)], catalog.codes, catalog.codebook_sizes)
+    sids, errors, done = catalog.sid_codes.copy(), [], threading.Event()
+    codes = np.array(catalog.codes)
+
+    def read():
+        while not done.is_set():
+            rows = catalog.find_sids(sids)
+            products, positions = catalog.expand_sids(rows[None], 200)
+            wrong = catalog.sid_rows(products)[products >= 0] != rows[positions[positions >= 0]]
+            if (rows != np.arange(len(sids))).any() or wrong.any():
+                errors.append(products)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for step in range(60):
+            catalog.append([f"n{step}"], codes[step : step + 1] if step % 2 else (codes[step : step + 1] + step) % 4)
+            catalog.withdraw([f"p{step % 60}"])
+            catalog.restore([f"p{step % 60}"])
+    finally:
+        done.set()
+        reader.join()
+        sys.setswitchinterval(interval)
+    assert not errors

@@ -143,7 +143,7 @@ def test_versions_that_may_replace_each_other(make_parts, tmp_path):
     append(second, "y")
     first.save(path)
     with pytest.raises(
-        ValueError, match="other changes to this catalog since version 1: somebody saved it in the meantime"
+        ValueError, match="other changes to this catalog than this one has: somebody saved it in the meantime"
     ):
         second.save(path)
     with pytest.raises(ValueError, match="holds version 3 of this catalog, and this is version 2"):

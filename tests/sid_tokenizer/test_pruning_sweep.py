@@ -211,7 +211,9 @@ def test_more_than_one_code_without_loss_is_told():
 
 def test_plot_is_that_of_figures(monkeypatch):
     found = sweep(np.zeros((3, 2), dtype=int), [2, 2], layer=0)
-    module = importlib.import_module("rqsid.sid_tokenizer.pruning_sweep")  # the package may have a function of this name
+    module = importlib.import_module(
+        "rqsid.sid_tokenizer.pruning_sweep"
+    )  # the package may have a function of this name
     monkeypatch.setattr(module, "plot_sweep", lambda *arguments: arguments)
     assert found.plot("a.png") == (found, "a.png") and found.plot() == (found, None)
 

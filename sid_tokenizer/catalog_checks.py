@@ -1,0 +1,201 @@
+"""What a catalog's file must hold before it is trusted: nothing that it says may lead to a wrong product, or out of bounds."""
+
+import math
+
+import numpy as np
+
+from .checks import check_codes
+from .sid_keys import digit_sizes, fits_key, sid_keys
+
+LARGEST_CODEBOOK = 2**24
+EDITED = "the file was edited. Save or download it again."
+INT, CODE = (np.int32, np.int64), (np.int16, np.int32)
+TYPES = {
+    "product_id_bytes": (np.uint8,),
+    "product_id_offsets": (np.int64,),
+    "product_id_hashes": (np.int64,),
+    "product_id_order": INT,
+    "text_bytes": (np.uint8,),
+    "text_offsets": (np.int64,),
+    "product_codes": CODE,
+    "product_sids": INT,
+    "product_withdrawn": (np.bool_,),
+    "popularity": (np.float64,),
+    "sid_codes": CODE,
+    "sid_order": INT,
+    "sid_offsets": (np.int64,),
+    "sid_products": INT,
+    "withdrawn_log": INT,
+    "popularity_log_rows": INT,
+    "popularity_log_values": (np.float64,),
+}
+
+
+def check_sizes(codebook_sizes):
+    """
+    Raises:
+        `ValueError`: if a layer has no code, or more than 2^24.
+    """
+    if not codebook_sizes or not all(1 <= size <= LARGEST_CODEBOOK for size in codebook_sizes):
+        raise ValueError(
+            f"codebook_sizes={list(codebook_sizes)} must be numbers of codes, one per layer, from 1 to {LARGEST_CODEBOOK}."
+        )
+
+
+def check_catalog(catalog):
+    """
+    Args:
+        catalog ([`ProductCatalog`]):
+            As it was read.
+
+    Raises:
+        `ValueError`: if anything in it does not fit the rest.
+    """
+    _check_config(catalog)
+    _check_shapes(catalog)
+    _check_products(catalog)
+    _check_sids(catalog)
+
+
+def _check_config(catalog):
+    sizes, history, ancestors = catalog.codebook_sizes, catalog.history, catalog.ancestors
+    counts = ("version", "count", "products", "sids", "withdrawn", "withdrawn_log", "popularity_log")
+    good = (
+        isinstance(sizes, list)
+        and len(sizes) > 0
+        and all(_is_count(size, 1, LARGEST_CODEBOOK) for size in sizes)
+        and _is_count(catalog.suffix_size, 0, LARGEST_CODEBOOK)
+        and _is_count(catalog.capacity, 1)
+        and catalog.collisions in ("share", "suffix", "reassign")
+        and (catalog.codebook_version is None or isinstance(catalog.codebook_version, str))
+        and isinstance(ancestors, list)
+        and all(isinstance(version_id, str) for version_id in ancestors)
+        and isinstance(history, list)
+        and len(history) > 0
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("id"), str)
+            and isinstance(entry.get("change"), str)
+            and all(_is_count(entry.get(key), 0) for key in counts)
+            for entry in history
+        )
+        and catalog.pruning.codebook_sizes == sizes
+    )
+    if good:
+        growing = ("products", "sids", "withdrawn_log", "popularity_log")
+        steps = [
+            (before[key], after[key]) for before, after in zip(history, history[1:], strict=False) for key in growing
+        ]
+        numbers = [entry["version"] for entry in history]
+        good = (
+            all(before <= after for before, after in steps)
+            and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            and numbers[0] >= 1
+            and history[0]["products"] >= 1
+            and history[0]["sids"] >= 1
+            and history[-1]["products"] == len(catalog)
+            and history[-1]["sids"] == catalog.num_sids
+        )
+    if not good:
+        raise ValueError(f"The catalog's configuration does not fit its columns: {EDITED}")
+
+
+def _check_shapes(catalog):
+    columns, num_products, num_sids = catalog.columns, len(catalog), catalog.num_sids
+    base, last = catalog.history[0], catalog.history[-1]
+    num_changes = last["popularity_log"] - base["popularity_log"]
+    shapes = {
+        "product_id_bytes": (columns["product_id_bytes"].size,),
+        "product_id_offsets": (num_products + 1,),
+        "product_id_hashes": (num_products,),
+        "product_id_order": (num_products,),
+        "text_bytes": (columns["text_bytes"].size,),
+        "text_offsets": (1,) if columns["text_offsets"].shape == (1,) else (num_products + 1,),
+        "product_codes": (num_products, catalog.num_layers),
+        "product_sids": (num_products,),
+        "product_withdrawn": (num_products,),
+        "popularity": (num_products,),
+        "sid_codes": (num_sids, catalog.num_layers + 1),
+        "sid_order": (num_sids,),
+        "sid_offsets": (num_sids + 1,),
+        "withdrawn_log": (last["withdrawn_log"] - base["withdrawn_log"],),
+        "popularity_log_rows": (num_changes,),
+        "popularity_log_values": (num_changes,),
+    }
+    for name, types in TYPES.items():
+        column = columns[name]
+        if column.dtype not in types:
+            raise ValueError(f"Column {name} of the catalog holds {column.dtype}, not {types[0].__name__}: {EDITED}")
+        if name in shapes and column.shape != shapes[name]:
+            raise ValueError(f"Column {name} of the catalog has shape {column.shape}, expected {shapes[name]}.")
+    num_listed = num_products - int(columns["product_withdrawn"].sum())
+    if columns["sid_products"].shape != (num_listed,):
+        raise ValueError(
+            f"Column sid_products of the catalog does not list the {num_listed} products that are not withdrawn: {EDITED}"
+        )
+    for name in ("popularity", "popularity_log_values"):
+        if not np.isfinite(columns[name]).all():
+            raise ValueError(f"Column {name} of the catalog holds NaN or infinite values: {EDITED}")
+
+
+def _check_products(catalog):
+    columns, num_products, num_sids = catalog.columns, len(catalog), catalog.num_sids
+    ends = {"product_id_order": num_products, "product_sids": num_sids, "sid_order": num_sids}
+    ends |= {"sid_products": num_products, "withdrawn_log": num_products, "popularity_log_rows": num_products}
+    for name, end in ends.items():
+        column = columns[name]
+        if len(column) and (column.min() < 0 or column.max() >= end):
+            raise ValueError(f"Column {name} of the catalog points outside [0, {end}): {EDITED}")
+    for name, end in (
+        ("product_id_offsets", len(columns["product_id_bytes"])),
+        ("text_offsets", len(columns["text_bytes"])),
+        ("sid_offsets", len(columns["sid_products"])),
+    ):
+        offsets = columns[name]
+        if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}: {EDITED}")
+    for name in ("product_id_order", "sid_order", "sid_products"):
+        if len(columns[name]) and np.bincount(columns[name]).max() > 1:
+            raise ValueError(f"Column {name} of the catalog names a row twice: {EDITED}")
+    hashes, listed = columns["product_id_hashes"], columns["sid_products"]
+    if (hashes[1:] < hashes[:-1]).any():
+        raise ValueError(f"Column product_id_hashes of the catalog does not ascend: {EDITED}")
+    of_sid = np.repeat(np.arange(num_sids), np.diff(columns["sid_offsets"]))
+    if columns["product_withdrawn"][listed].any() or (columns["product_sids"][listed] != of_sid).any():
+        raise ValueError(
+            f"Column sid_products of the catalog lists products that are withdrawn or elsewhere: {EDITED}"
+        )
+
+
+def _check_sids(catalog):
+    columns, pruning = catalog.columns, catalog.pruning
+    check_codes(columns["product_codes"], catalog.codebook_sizes)
+    check_codes(columns["sid_codes"], [*catalog.codebook_sizes, max(1, catalog.suffix_size)])
+    for layer in range(catalog.num_layers):
+        may_lack = pruning.num_pruned and layer == pruning.layer
+        if not may_lack and (columns["sid_codes"][:, layer] < 0).any():
+            raise ValueError(
+                "Column sid_codes of the catalog holds absent codes in a layer that is not pruned, so that one SID could be "
+                f"the beginning of another: {EDITED}"
+            )
+    order = columns["sid_order"]
+    sizes = digit_sizes(catalog.codebook_sizes, catalog.suffix_size)
+    keys = sid_keys(columns["sid_codes"], sizes)[order]
+    if (keys[1:] <= keys[:-1]).any():
+        raise ValueError(f"Column sid_order of the catalog does not sort the SIDs, or one is there twice: {EDITED}")
+    # Neighbours with the same codes differ in the suffix, and none of them may have no suffix.
+    if catalog.suffix_size and fits_key(sizes):
+        has_none = keys % sizes[-1] == 0
+        meets = has_none[:-1] & (keys[1:] // sizes[-1] == keys[:-1] // sizes[-1])
+    else:
+        ordered = columns["sid_codes"][order]
+        same = (ordered[1:, :-1] == ordered[:-1, :-1]).all(1)
+        meets = same & ((ordered[1:, -1] < 0) | (ordered[:-1, -1] < 0))
+    if meets.any():
+        raise ValueError(
+            f"Column sid_codes of the catalog holds a SID with and without a suffix, the one the beginning of the other: {EDITED}"
+        )
+
+
+def _is_count(value, low, high=math.inf):
+    return type(value) is int and low <= value <= high
