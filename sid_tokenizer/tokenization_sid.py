@@ -148,7 +148,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             catalog ([`ProductCatalog`]):
                 Products and their SIDs.
             quantizer ([`ResidualQuantizer`], *optional*):
-                The codebooks, stored with the tokenizer. None for an imported index.
+                The codebooks, stored with the tokenizer. None for an imported index. A catalog that was built without its
+                quantizer notes the version of this one, and refuses others from then on.
             layer_order (`list[int]`, *optional*):
                 Order of the layers in a SID's tokens, the quantizer's if not given.
             token_format (`str`, *optional*, defaults to `"<{letter}_{code}>"`):

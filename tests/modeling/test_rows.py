@@ -228,7 +228,11 @@ def test_rows_of_other_codebooks_are_neither_kept_nor_overwritten(
     other = ResidualQuantizer(quantizer.config)
     for codebook, original in zip(other.codebooks, quantizer.codebooks, strict=True):
         codebook.data = original + 1
-    other_tokenizer = SIDTokenizer.from_base(base_tokenizer, catalog, other)
+    with pytest.raises(ValueError, match="the catalog was built with"):
+        SIDTokenizer.from_base(base_tokenizer, catalog, other)
+    product_ids = [f"p{row}" for row in range(20)]
+    other_catalog = ProductCatalog.build(product_ids, catalog.codes, CODEBOOK_SIZES, collisions="suffix")
+    other_tokenizer = SIDTokenizer.from_base(base_tokenizer, other_catalog, other)
     with pytest.raises(ValueError, match="rows for the SID tokens of codebook .* the tokenizer has codebook"):
         initialize_sid_rows(model, other_tokenizer)
     assert torch.equal(matrices_of(model)[0], before)

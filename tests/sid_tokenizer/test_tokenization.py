@@ -144,7 +144,7 @@ def test_fingerprint_tells_codebooks_and_tokens_apart(base_tokenizer, make_parts
     larger.add_tokens(["frobnicator"])
     others = {
         SIDTokenizer.from_base(base_tokenizer, catalog).codebook_fingerprint(),
-        SIDTokenizer.from_base(base_tokenizer, catalog, make_parts(seed=1)[1]).codebook_fingerprint(),
+        SIDTokenizer.from_base(base_tokenizer, *make_parts(seed=1)[:0:-1]).codebook_fingerprint(),
         SIDTokenizer.from_base(larger, catalog, quantizer).codebook_fingerprint(),
     }
     assert len(others | {first}) == 4
