@@ -35,7 +35,8 @@ def simulate_uniform(random, weights, size):
     heaviest, lighter = weights[:0], weights
     if weights.min() != weights.max():
         parted = np.partition(weights, max(len(weights) - HEAVIEST, 0))
-        heaviest, lighter = parted[-HEAVIEST:], parted[:-HEAVIEST]
+        # Sorted, since in which order a partition leaves them depends on the processor, and each draws a code in its turn.
+        heaviest, lighter = np.sort(parted[-HEAVIEST:]), parted[:-HEAVIEST]
     num_equal, unit = 0, 0.0
     if len(lighter):
         num_equal = max(1, round(lighter.sum() ** 2 / np.square(lighter).sum()))

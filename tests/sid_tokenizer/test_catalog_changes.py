@@ -389,7 +389,8 @@ class Changes(RuleBasedStateMachine):
             self.random.integers(self.catalog.oldest_version, self.catalog.version + 1),
         }:
             old = self.catalog.at_version(int(version))
-            assert old.version == version and len(old.history) == version
+            assert old.version == version == old.history[-1]["version"]
+            assert old.oldest_version == self.catalog.oldest_version == old.history[0]["version"]
             check_equal(old, self.versions[version - 1], self.model)
             # SIDs of then keep their rows.
             assert np.array_equal(self.catalog.sid_codes[: old.num_sids], old.sid_codes)
