@@ -128,7 +128,7 @@ def _check_shapes(catalog):
             raise ValueError(f"Column {name} of the catalog holds {column.dtype}, not {types[0].__name__}: {EDITED}")
         if name in shapes and column.shape != shapes[name]:
             raise ValueError(f"Column {name} of the catalog has shape {column.shape}, expected {shapes[name]}.")
-    num_listed = num_products - int(columns["product_withdrawn"].sum())
+    num_listed = num_products - np.count_nonzero(columns["product_withdrawn"])
     if columns["sid_products"].shape != (num_listed,):
         raise ValueError(
             f"Column sid_products of the catalog does not list the {num_listed} products that are not withdrawn: {EDITED}"
@@ -154,13 +154,17 @@ def _check_products(catalog):
         offsets = columns[name]
         if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
             raise ValueError(f"Column {name} of the catalog is not a list of ascending offsets up to {end}: {EDITED}")
-    for name in ("product_id_order", "sid_order", "sid_products"):
-        if len(columns[name]) and np.bincount(columns[name]).max() > 1:
+    for name in ("product_id_order", "sid_products"):
+        seen = np.zeros(num_products, dtype=bool)
+        seen[columns[name]] = True
+        if np.count_nonzero(seen) < len(columns[name]):
             raise ValueError(f"Column {name} of the catalog names a row twice: {EDITED}")
     hashes, listed = columns["product_id_hashes"], columns["sid_products"]
     if (hashes[1:] < hashes[:-1]).any():
         raise ValueError(f"Column product_id_hashes of the catalog does not ascend: {EDITED}")
-    of_sid = np.repeat(np.arange(num_sids), np.diff(columns["sid_offsets"]))
+    of_sid = np.repeat(
+        np.arange(num_sids, dtype=np.int32 if num_sids < 2**31 else np.int64), np.diff(columns["sid_offsets"])
+    )
     if columns["product_withdrawn"][listed].any() or (columns["product_sids"][listed] != of_sid).any():
         raise ValueError(
             f"Column sid_products of the catalog lists products that are withdrawn or elsewhere: {EDITED}"
