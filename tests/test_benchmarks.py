@@ -18,7 +18,7 @@ SIZES = ["16", "16", "16"]
 @pytest.fixture(scope="module")
 def benchmarks():
     """The modules by name; they lie in a folder that is no package, as scripts find each other."""
-    names = ("measures", "methods", "report", "quantizers", "encode")
+    names = ("measures", "methods", "report", "quantizers", "encode", "catalog")
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: __import__(name) for name in names}
@@ -208,6 +208,27 @@ def test_encode(benchmarks, tmp_path, capsys):
     shares = [results[f"GEMM {when}"]["share_of_gemm_per_second"] for when in ("before", "after")]
     assert sum(shares) == pytest.approx(2)
     assert sum(result["profile"].values()) == pytest.approx(1) and "aten::addmm" in result["profile"]
+
+
+@pytest.mark.slow
+def test_catalog(benchmarks, tmp_path, capsys, monkeypatch):
+    module = benchmarks["catalog"]
+    monkeypatch.setattr(module, "run_alone", lambda function, threads, *arguments: function(*arguments))
+    arguments = ["--products", "3000", "--smaller", "1500", "--threads", "1", "--folder", str(tmp_path)]
+    result = module.main([*arguments, "--json", str(tmp_path / "results.json")])
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(result))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (
+        result["build"]["reloaded_equal"] and result["bundle"]["linked"] and result["change"]["appended_are_visible"]
+    )
+    assert result["change"]["colliding_after_reassign"] == 0 and result["change"]["sweep_points"] == 1025
+    speed = result["look_up"]["ids_per_second"]
+    goal = next(goal for goal in result["goals"] if goal["goal"] == "product ids looked up per second")
+    assert goal["value"] == speed and goal["met"] == (speed >= 1e6)
+    assert all(goal["goal"] in printed for goal in result["goals"]) and "3,000" in printed
+    with pytest.raises(SystemExit):
+        module.parse_arguments(["--products", "500", "--smaller", "1000"])
 
 
 def test_memory_of_a_block_is_its_peak(benchmarks):
