@@ -140,7 +140,7 @@ class ProductCatalog(CatalogLookups):
         check_policy(collisions, suffix_size, capacity, quantizer, embeddings)
         check_sizes(codebook_sizes)
         version = None if quantizer is None else check_quantizer(quantizer, codebook_sizes)
-        if embeddings is not None and not measures_embeddings(quantizer):
+        if embeddings is not None and quantizer is not None and not measures_embeddings(quantizer):
             raise ValueError(
                 "embeddings cannot be compared with this quantizer's code vectors, only those of residual k-means with "
                 'metric="euclidean", without normalize_residuals and skipped_codes, can. Leave embeddings out: added error is '

@@ -307,6 +307,8 @@ IDS, CODES = ["a", "b", "c"], np.array([[0, 1], [1, 0], [1, 1]])
         ({"texts": ["x", None, "y"]}, TypeError, "None"),
         ({"collisions": "merge"}, ValueError, "'merge' is unknown"),
         ({"suffix_size": 4}, ValueError, 'needs collisions="suffix"'),
+        ({"collisions": "reassign"}, ValueError, "pass quantizer="),
+        ({"collisions": "reassign", "embeddings": np.zeros((3, 2))}, ValueError, "pass quantizer="),
         ({"pruning": TokenPruning("top_k", layer=0, top_k=1)}, ValueError, "not fitted"),
         (
             {"pruning": TokenPruning("top_k", layer=0, top_k=1).fit(CODES, [3, 2])},
