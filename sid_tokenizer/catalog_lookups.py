@@ -158,7 +158,7 @@ class CatalogLookups:
         start, end = columns["sid_offsets"][sid_row : sid_row + 2]
         return columns["sid_products"][start:end].astype(np.int64)
 
-    def expand_sids(self, sid_rows, top_k):
+    def expand_sids(self, sid_rows, top_k, product_mask=None):
         """
         Lists the products of ranked SIDs: SIDs in the order given, products of one SID by popularity, without those
         withdrawn.
@@ -167,17 +167,35 @@ class CatalogLookups:
             sid_rows (`np.ndarray`): Shape: (B, n). -1 where there is none.
             top_k (`int`):
                 Products to list in each row.
+            product_mask (`np.ndarray` of bool, *optional*): Shape: (N,).
+                The products that may be listed, for instance those in stock; all if not given. Of a mask made for an earlier
+                version of this catalog, which is shorter, products appended since are left out.
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: product rows, and the position in `sid_rows` that each came from; -1 where a
             row has fewer products. Shape of both: (B, top_k).
+
+        Raises:
+            `ValueError`: if `product_mask` is not boolean, or longer than the catalog.
         """
         sid_rows = np.asarray(sid_rows, dtype=np.int64)
         if sid_rows.shape[1] == 0:
             sid_rows = np.full((len(sid_rows), 1), -1)
         columns = self.columns
-        offsets = columns["sid_offsets"]
-        if len(columns["sid_products"]) == 0:
+        offsets, sid_products = columns["sid_offsets"], columns["sid_products"]
+        if product_mask is not None:
+            product_mask = np.asarray(product_mask)
+            if (
+                product_mask.dtype != bool
+                or product_mask.ndim != 1
+                or len(product_mask) > len(columns["product_sids"])
+            ):
+                raise ValueError(
+                    f"product_mask must be booleans, one for each of the {len(columns['product_sids'])} products, got "
+                    f"{product_mask.dtype} of shape {product_mask.shape}."
+                )
+            sid_rows, offsets, sid_products = _kept_products(sid_rows, offsets, sid_products, product_mask)
+        if len(sid_products) == 0:
             nothing = np.full((len(sid_rows), top_k), -1, dtype=np.int64)
             return nothing, nothing.copy()
         safe = np.maximum(sid_rows, 0)
@@ -193,7 +211,7 @@ class CatalogLookups:
         valid = ranks < ends[:, -1:]
         within = ranks - np.take_along_axis(starts, positions, axis=1)
         index = np.take_along_axis(offsets[safe], positions, axis=1) + within
-        products = columns["sid_products"][np.where(valid, index, 0)].astype(np.int64)
+        products = sid_products[np.where(valid, index, 0)].astype(np.int64)
         return np.where(valid, products, -1), np.where(valid, positions, -1)
 
     def lengths(self):
@@ -218,3 +236,25 @@ class CatalogLookups:
         columns = self.columns
         names = ("product_id_bytes", "product_id_offsets", "product_id_hashes", "product_id_order")
         return [columns[name] for name in names]
+
+
+def _kept_products(sid_rows, offsets, sid_products, product_mask):
+    """
+    The SIDs that occur, numbered anew, with those of their products that the mask keeps.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, np.ndarray]`: the new numbers, in the shape of `sid_rows`; where the products of each
+        begin; and the products.
+    """
+    # Each SID once, however many rows name it: no more than all products of the catalog are looked at.
+    sids, numbers = np.unique(sid_rows, return_inverse=True)
+    numbers = numbers.reshape(sid_rows.shape)
+    if len(sids) and sids[0] < 0:
+        sids, numbers = sids[1:], numbers - 1
+    sizes = offsets[sids + 1] - offsets[sids]
+    ends = np.cumsum(sizes)
+    products = sid_products[np.repeat(offsets[sids] - (ends - sizes), sizes) + np.arange(ends[-1] if len(ends) else 0)]
+    kept = products < len(product_mask)
+    kept[kept] = product_mask[products[kept]]
+    passed = np.append(0, np.cumsum(kept))
+    return numbers, np.append(0, passed[ends]), products[kept]

@@ -1,10 +1,16 @@
+import copy
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from tries import check_levels, check_trie
 
+from rqsid.modeling import trie_building
 from rqsid.modeling.trie import SIDTrie
 
 
@@ -72,6 +78,8 @@ def check_against_dict(sids, seed=0):
             stack([prefix + (token,) for token in tokens[at, mask[at]].tolist()] or [(-1,)])
         ).tolist() == (child_nodes[at, mask[at]].tolist() or [0])
 
+    check_levels(trie, rows)
+    check_trie(trie, rows)
     known = set(prefixes)
     near = {token + shift for sid in sids for token in sid for shift in (-1, 0, 1)} | {0, 2**31}
     outside = [prefix + (token,) for prefix in prefixes for token in near if token >= 0]
@@ -98,21 +106,33 @@ def test_keys_wider_than_63_bits():
     check_against_dict(sorted(set(map(tuple, tokens.tolist()))))
 
 
-def test_narrow_and_wide_tokens_agree():
-    # a range of token ids beyond int16 needs wider edges; the tree is the same
-    narrow, wide = SIDTrie(HAND), SIDTrie(torch.where(HAND == 31, 140_000, HAND))
-    assert narrow._edge_tokens.dtype == torch.int16 and wide._edge_tokens.dtype == torch.int32
+def test_tokens_far_apart():
+    wide = SIDTrie(torch.where(HAND == 31, 140_000, HAND))
     assert wide.walk(torch.tensor([[10, 20, 140_000], [10, 20, 31]])).tolist() == [7, -1]
     assert wide.children(torch.tensor([3]))[0].tolist() == [[30, 140_000]]
+
+
+@pytest.mark.parametrize(
+    "num_tokens, dtype",
+    [(2**15, torch.int16), (2**15 + 1, torch.int16), (2**16, torch.int16), (2**16 + 1, torch.int32)],
+)
+def test_as_many_tokens_as_fit_into_an_edge(num_tokens, dtype):
+    sequences = torch.stack([torch.arange(num_tokens - 1) + 3, torch.full((num_tokens - 1,), 2)], dim=1)
+    trie = SIDTrie(sequences)
+    assert trie._edges.dtype == dtype and trie.level_widths == [num_tokens - 1, 1]
+    assert (trie.sid_rows(trie.walk(sequences)) == torch.arange(num_tokens - 1)).all()
+    assert (trie.children(torch.tensor([0]))[0][0] == torch.arange(num_tokens - 1) + 3).all()
+    assert trie.walk(torch.tensor([[2], [num_tokens + 2], [0]])).tolist() == [-1, -1, -1]
 
 
 def test_memory_of_a_large_trie():
     generator = torch.Generator().manual_seed(0)
     codes = torch.unique(torch.randint(0, 512, (100_000, 3), generator=generator), dim=0)
     trie = SIDTrie(32_000 + codes + torch.tensor([0, 512, 1024]))
-    tensors = (trie._edge_tokens, trie._indptr, trie._node_rows)
-    # 2 bytes of token and 4 each of offset and row for a node; with most codes' pairs taken there are 1.9 nodes a SID
-    assert sum(tensor.nbytes for tensor in tensors) <= 10 * trie.num_nodes + 4
+    tensors = (trie._edges, trie._indptr, trie._leaf_rows, trie._short_leaves)
+    # 2 bytes of token for a node, 4 of offset for an inner one, 4 of row for a leaf
+    num_inner = trie.num_nodes - trie.num_sids
+    assert sum(tensor.nbytes for tensor in tensors) <= 2 * trie.num_nodes + 4 * (num_inner + trie.num_sids) + 4
     assert (trie.sid_rows(trie.walk(32_000 + codes + torch.tensor([0, 512, 1024]))) == torch.arange(len(codes))).all()
 
 
@@ -132,15 +152,17 @@ def test_input_is_neither_changed_nor_shared():
     sequences.fill_(0)
     assert trie.sid_rows(trie.walk(HAND)).tolist() == [0, 1, 2, 3]
     moved = trie.to("cpu")
-    assert moved is not trie and moved.device == torch.device("cpu") and moved.num_sids == 4
+    assert moved is trie and moved.device == torch.device("cpu")
 
 
 def test_to_moves_every_tensor():
     trie = SIDTrie(HAND)
     meta = trie.to("meta")
     tensors = [value for value in vars(meta).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 4 and all(tensor.is_meta for tensor in tensors) and meta.device.type == "meta"
+    assert len(tensors) == 8 and all(tensor.is_meta for tensor in tensors) and meta.device.type == "meta"
     assert trie.device.type == "cpu"
+    # Moved once per device, so that every request may ask; a copy takes no copies with it.
+    assert trie.to("meta") is meta and copy.copy(trie)._copies == {} and pickle.loads(pickle.dumps(trie))._copies == {}
 
 
 def test_from_tokenizer(make_tokenizer):
@@ -154,7 +176,7 @@ def test_leaves_hold_the_rows_given():
     trie = SIDTrie(HAND, rows)
     assert trie.sid_rows(trie.walk(HAND)).tolist() == [7, 2**31, 0, 5]
     assert trie.sid_rows(torch.arange(-1, 8)).tolist() == [-1, -1, -1, -1, -1, 2**31, 0, 7, 5]
-    assert SIDTrie(HAND, rows % 11)._node_rows.dtype == torch.int32
+    assert SIDTrie(HAND, rows % 11)._leaf_rows.dtype == torch.int32
     rows.fill_(3)
     assert trie.sid_rows(trie.walk(HAND)).tolist() == [7, 2**31, 0, 5]
 
@@ -223,3 +245,145 @@ def test_bad_sequences(sequences, error, message):
 def test_walk_refuses_a_single_row():
     with pytest.raises(ValueError, match=re.escape("got (2,)")):
         SIDTrie(HAND).walk(torch.tensor([10, 20]))
+
+
+def test_walk_from_roots():
+    trie = SIDTrie(HAND)
+    assert trie.walk(torch.tensor([[20, 30], [30, -1]]), torch.tensor([1, 2])).tolist() == [6, 5]
+    assert trie.walk(torch.tensor([[10]]), torch.tensor([-1])).tolist() == [-1]
+    with pytest.raises(ValueError, match=re.escape("one node for each of the 2 rows, got (1,)")):
+        trie.walk(torch.tensor([[20], [30]]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_children_of_a_given_width(width):
+    trie = SIDTrie(HAND)
+    nodes = torch.tensor([[0, 3], [4, -1]])
+    free, given = trie.children(nodes), trie.children(nodes, width=width)
+    for one, other, fill in zip(free, given, (0, -1, False), strict=True):
+        assert other.shape == (2, 2, width)
+        shared = min(width, 2)
+        assert (one[..., :shared] == other[..., :shared]).all() and (other[..., shared:] == fill).all()
+
+
+def test_nothing_is_read_back_from_an_accelerator():
+    """Fake tensors have no values: whatever needs one on the host fails."""
+    trie = SIDTrie(HAND)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        token_ids, nodes = torch.zeros((5, 3), dtype=torch.int64), torch.zeros((5, 2), dtype=torch.int64)
+        assert trie.walk(token_ids).shape == trie.walk(token_ids, nodes[:, 0]).shape == (5,)
+        assert [part.shape for part in trie.children(nodes, width=7)] == [(5, 2, 7)] * 3
+        assert trie.sid_rows(nodes).shape == trie.is_leaf(nodes).shape == trie.node_depths(nodes).shape == (5, 2)
+        with pytest.raises(DataDependentOutputException):
+            trie.children(nodes)
+
+
+def test_compiles_into_one_graph():
+    trie = SIDTrie(HAND)
+
+    def leaves(token_ids):
+        _, children, mask = trie.children(trie.walk(token_ids), width=2)
+        return torch.where(mask, trie.sid_rows(children), -2)
+
+    compiled = torch.compile(leaves, fullgraph=True, backend="eager")
+    assert compiled(HAND[:, :2]).tolist() == leaves(HAND[:, :2]).tolist() == [[0, 3], [-2, -2], [-2, -2], [0, 3]]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_pieces_meet(monkeypatch, chunk):
+    """Rows are looked at some at a time; a SID may begin a piece that shares its start with the one before."""
+    monkeypatch.setattr(trie_building, "CHUNK_ROWS", chunk)
+    generator = torch.Generator().manual_seed(chunk)
+    tokens = torch.randint(3, 7, (200, 4), generator=generator)
+    sids = sorted({tuple(row[: 2 + row[0] % 3]) for row in tokens.tolist()})
+    check_against_dict([sid for sid in sids if not any(other != sid and other[: len(sid)] == sid for other in sids)])
+    for row, message in (((10, 21), "are the same SID [10, 21, -1]"), ((10,), "is a prefix of row")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            SIDTrie(torch.cat([HAND, matrix_row(row)]))
+
+
+def matrix_row(sid):
+    return torch.tensor([list(sid) + [-1] * (3 - len(sid))])
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(trie_building, "INT32_MAX", 3)
+    trie = SIDTrie(HAND)
+    assert {trie._indptr.dtype, trie._short_leaves.dtype, trie._leaf_rows.dtype} == {torch.int64}
+    monkeypatch.undo()
+    for name in ("_edges", "_indptr", "_leaf_rows", "_short_leaves"):
+        assert (getattr(trie, name) == getattr(SIDTrie(HAND), name)).all()
+    check_against_dict([(10, 20, 30), (10, 21), (11, 30)])
+
+
+def test_codes_in_any_order():
+    """Sorted codes, an order that sorts them, and none give one trie; so does an order that is none."""
+    random = np.random.default_rng(0)
+    codes = np.unique(random.integers(0, 300, (4000, 3)), axis=0).astype(np.int16)
+    ids = [np.arange(300) + 1000 * layer for layer in (2, 7, 4)]
+    shuffled = random.permutation(len(codes))
+    rows = np.argsort(shuffled)
+    tries = [
+        SIDTrie.from_codes(codes[shuffled], ids, sid_order=order)
+        for order in (rows, rows.astype(np.int32), None, shuffled)
+    ]
+    paths = torch.from_numpy(np.stack([ids[layer][codes[shuffled][:, layer]] for layer in range(3)], axis=1))
+    for trie in tries:
+        assert (trie.sid_rows(trie.walk(paths)) == torch.arange(len(codes))).all()
+        assert (trie._edges == tries[0]._edges).all() and (trie._leaf_rows == tries[0]._leaf_rows).all()
+
+
+@pytest.mark.parametrize("sizes", [[256] * 8, [2**13] * 5 + [40], [2**16, 2**16, 2**16, 2**16, 2**16]])
+@pytest.mark.parametrize("with_order", [False, True])
+def test_more_codes_than_63_bits(sizes, with_order):
+    random = np.random.default_rng(1)
+    codes = np.stack([random.integers(0, size, 300) for size in sizes], axis=1)
+    codes[:, :3] %= 4
+    codes[::3, 1] = -1
+    codes = np.unique(codes, axis=0)
+    codes = codes[random.permutation(len(codes))]
+    ids = np.split(np.arange(sum(sizes)) + 9, np.cumsum(sizes)[:-1])
+    order = np.lexsort(codes.T[::-1]) if with_order else None
+    trie = SIDTrie.from_codes(codes, ids, sid_order=order)
+    sids = [tuple(int(ids[at][code]) for at, code in enumerate(row) if code >= 0) for row in codes.tolist()]
+    check_trie(trie, {sid: row for row, sid in enumerate(sids)})
+    assert trie._edges.dtype == (torch.int16 if sum(sizes) <= 2**16 else torch.int32)
+
+
+@pytest.mark.parametrize(
+    "codes, ids, options, message",
+    [
+        ([[0, 0], [0, 0]], [[5], [6]], {}, "row 0, codes [0, 0], is a prefix of or equal to that of row 1"),
+        ([[0, 0], [0, -1]], [[5], [6]], {}, "row 1, codes [0, -1], is a prefix of or equal to that of row 0"),
+        ([[0, 1]], [[5], [6]], {}, "Column 1 of the codes holds 1, but its layer has 1 codes"),
+        ([[0, -2]], [[5], [6]], {}, "Column 1 of the codes holds -2"),
+        ([[-1, -1]], [[5], [6]], {}, "row 0 has no code at all"),
+        ([[0, 0]], [[5], [5]], {}, "one token for two codes"),
+        ([[0, 0]], [[5]], {}, "do not fit token ids of 1 layers"),
+        ([[0, 0]], [[5], [6]], {"layer_order": [0, 0]}, "do not fit"),
+        ([[0, 0]], [[5], [6]], {"keep": np.array([False])}, "no SID"),
+        (np.zeros((0, 2)), [[5], [6]], {}, "no SID"),
+    ],
+)
+def test_bad_codes(codes, ids, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SIDTrie.from_codes(np.array(codes, dtype=np.int64), [np.array(layer) for layer in ids], **options)
+
+
+@pytest.mark.slow
+def test_a_million_sids():
+    """Four layers of 1,024 codes at random: what `benchmarks/trie.py` builds, with the bytes that it may take."""
+    keys = np.unique(np.random.default_rng(0).integers(0, 2**40, 1_000_000))
+    codes = np.stack([keys >> 30, keys >> 20 & 1023, keys >> 10 & 1023, keys & 1023], axis=1).astype(np.int16)
+    ids = [32_000 + 1024 * layer + np.arange(1024) for layer in range(4)]
+    trie = SIDTrie.from_codes(codes, ids)
+    arrays = (trie._edges, trie._indptr, trie._leaf_rows, trie._short_leaves)
+    assert sum(array.nbytes for array in arrays) <= 16 * len(codes)
+    some = np.random.default_rng(1).integers(0, len(codes), 5000)
+    paths = torch.from_numpy(codes[some].astype(np.int64) + 32_000 + 1024 * np.arange(4))
+    assert (trie.sid_rows(trie.walk(paths)).numpy() == some).all()
+    assert (trie.walk((paths + 1).clamp(max=36_095)) >= 0).sum() < 10
+    assert trie.level_widths[0] == 1024 and trie.level_sizes[1] == 1024
+    assert trie.level_sizes[3] == len(np.unique(keys >> 10)) and trie.num_nodes == 1 + sum(
+        len(np.unique(keys >> shift)) for shift in (30, 20, 10, 0)
+    )
