@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, Trainer
 from transformers.utils import logging
 
 from ..evaluate_metrics import path as metric_path
+from ..modeling.beam_search import MAX_MEMORY, beam_search, default_num_beams
+from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
-from ..modeling.search import MAX_LOGITS, beam_search, default_num_beams
 from ..modeling.trie import SIDTrie
 from .data import SIDDataCollator, split_prompts, tokenize_examples
 from .training_args import SIDTrainingArguments
@@ -93,7 +94,7 @@ class SIDTrainer(Trainer):
             model = AutoModelForCausalLM.from_pretrained(model)
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
         self.max_prompt_length = _max_prompt_length(args, model, processing_class)
-        self._trie = None
+        self._head = None
         self._metric = None
 
         train_dataset = self._tokenize(train_dataset, "train", processing_class, args)
@@ -193,6 +194,14 @@ class SIDTrainer(Trainer):
         inputs["logits_to_keep"] = inputs["labels"].shape[1]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As `Trainer.evaluation_loop`; the rows of the output layer are gathered or merged once for all batches."""
+        self._head = None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._head = None
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
@@ -207,26 +216,27 @@ class SIDTrainer(Trainer):
             )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
-        version = self.processing_class.catalog.version_id
-        if self._trie is None or self._trie[0] != version:
-            self._trie = version, SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
+        trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
+        model = self.accelerator.unwrap_model(model)
         with self.compute_loss_context_manager():
-            num_beams = self.args.eval_num_beams or default_num_beams(top_k)
-            rows_at_once = max(1, MAX_LOGITS // (num_beams * self.model.config.get_text_config().vocab_size))
-            found = [
-                beam_search(
-                    self.accelerator.unwrap_model(model),
-                    some_prompts,
-                    some_mask,
-                    self._trie[1],
-                    num_beams=num_beams,
-                    num_return=top_k,
-                    normalize=self.args.eval_normalize,
-                    vocabulary=self._normalizing_vocabulary(),
-                )[0]
-                for some_prompts, some_mask in zip(prompts.split(rows_at_once), mask.split(rows_at_once), strict=True)
-            ]
-            sid_rows = torch.cat(found)
+            if self._head is None:
+                self._head = OutputHead(
+                    model,
+                    trie.min_token_id,
+                    trie.max_token_id,
+                    self.args.eval_normalize,
+                    self._normalizing_vocabulary(),
+                )
+            sid_rows, _ = beam_search(
+                model,
+                prompts,
+                mask,
+                trie,
+                num_beams=self.args.eval_num_beams or default_num_beams(top_k),
+                num_return=top_k,
+                max_memory=MAX_MEMORY,
+                head=self._head,
+            )
         products, _ = self.processing_class.catalog.expand_sids(sid_rows.cpu().numpy(), top_k)
         # Of one shape on every rank and in every batch, so that they can be gathered.
         return loss, (torch.from_numpy(products).to(prompts.device), sid_rows), inputs["product_rows"]

@@ -486,7 +486,7 @@ def test_a_misspelt_column_is_warned_about(model, make_trainer, make_purchases, 
 def test_evaluation_in_small_pieces_changes_nothing(model, make_trainer, make_purchases, monkeypatch):
     trainer = make_trainer(model, evaluation=make_purchases(10))
     together = trainer.predict(trainer.eval_dataset)
-    monkeypatch.setattr(sys.modules[SIDTrainer.__module__], "MAX_LOGITS", 1)
+    monkeypatch.setattr(sys.modules[SIDTrainer.__module__], "MAX_MEMORY", 1)
     apart = trainer.predict(trainer.eval_dataset)
     for one, other in zip(together.predictions, apart.predictions, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -1,0 +1,221 @@
+"""The model as search sees it: positions in, log-probabilities of the SID tokens out, nothing as wide as the vocabulary."""
+
+import importlib
+import inspect
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .model_checks import evaluating, innermost, logits_are_linear
+
+# Numbers of a block of logits of which only the log-sum-exp is kept. On the CPU a block should stay in the cache.
+BLOCK_ON_CPU = 2**19
+BLOCK_ELSEWHERE = 2**26
+
+
+class OutputHead:
+    """
+    Scores the SID tokens at given positions by log-softmax, over the vocabulary or over the SID tokens.
+
+    The rows of the output layer are read once, when the head is made, whatever holds them: an ordinary linear layer is
+    used in place, shards are gathered (ZeRO-3, FSDP2), and any other linear map (LoRA, a normalised head) is merged by
+    applying it to the unit vectors. Make one head for an evaluation, not one for a batch, and a new one when weights have
+    changed. All ranks of a sharded model must make it together.
+
+    Where the model's logits are more than a linear map of its last hidden states (a soft cap, a scale, a hook on the
+    layer), the model's own logits are taken, a vocabulary wide.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A causal language model, or a `peft` model around one.
+        first_token, last_token (`int`):
+            The range of token ids that are scored.
+        normalize (`str`, *optional*, defaults to `"vocab"`):
+            `"vocab"` or `"sid"`, see [`search`].
+        vocabulary (`torch.Tensor` of shape `(N,)`, *optional*):
+            With `"sid"`, the token ids of the softmax.
+
+    Raises:
+        `ValueError`: if `normalize` is unknown, or `"sid"` lacks its `vocabulary`.
+    """
+
+    def __init__(self, model, first_token, last_token, normalize="vocab", vocabulary=None):
+        if normalize not in ("vocab", "sid") or (normalize == "sid") != (vocabulary is not None):
+            raise ValueError(
+                f'`normalize` must be "vocab", or "sid" with the token ids of the softmax as `vocabulary`; got '
+                f"{normalize!r} and {'no' if vocabulary is None else 'a'} `vocabulary`."
+            )
+        self.model = model
+        self.first_token, self.last_token = first_token, last_token
+        self.normalize = normalize
+        self.inside = self.outside = None
+        if vocabulary is not None:
+            vocabulary = vocabulary.to(model.device)
+            is_inside = (vocabulary >= first_token) & (vocabulary <= last_token)
+            self.outside = vocabulary[~is_inside]
+            if int(is_inside.sum()) <= last_token - first_token:
+                self.inside = vocabulary[is_inside] - first_token
+        self.is_sharded = is_sharded(model)
+        parameters = inspect.signature(innermost(model).forward).parameters
+        self.keeps_logits = "logits_to_keep" in parameters
+        self.weight = self.bias = None
+        if logits_are_linear(model):
+            self._read_rows()
+
+    @property
+    def is_whole(self):
+        """Whether the model's own logits are used, as wide as the vocabulary."""
+        return self.weight is None
+
+    def __call__(self, last=None, **inputs):
+        """
+        Runs the model on some positions.
+
+        Args:
+            last (`int`, *optional*):
+                How many of the positions are to be scored; all if not given.
+            **inputs:
+                As the model's `forward`.
+
+        Returns:
+            `torch.Tensor`: what `log_probs` takes: hidden states of shape (B, last, H), or logits of shape (B, last, V).
+        """
+        start = 0 if last is None else -last
+        if self.is_whole:
+            if self.keeps_logits:
+                inputs["logits_to_keep"] = last or 0
+            return self.model(**inputs).logits[:, start:]
+        decoder = self.model.get_decoder()
+        if not self.is_sharded:
+            return decoder(**inputs).last_hidden_state[:, start:]
+        # Parameters of a sharded model's outermost module are gathered by its own forward only.
+        kept = []
+        handle = decoder.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+        try:
+            self.model(**inputs, **({"logits_to_keep": 1} if self.keeps_logits else {}))
+        finally:
+            handle.remove()
+        return kept[0][:, start:]
+
+    def log_probs(self, states):
+        """
+        Args:
+            states (`torch.Tensor`): Shape: (B, k, H or V), as the head's call returns.
+
+        Returns:
+            `torch.Tensor` (float32): log-probabilities of the tokens from `first_token` to `last_token`.
+            Shape: (B, k, last_token - first_token + 1).
+        """
+        rows = states.reshape(-1, states.shape[-1])
+        block = BLOCK_ON_CPU if rows.device.type == "cpu" else BLOCK_ELSEWHERE
+        # As many rows at once as leave a block the width of a good matrix product.
+        parts = [self._log_probs(part, block) for part in rows.split(max(1, block // 1024))]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*states.shape[:-1], -1)
+
+    def _log_probs(self, rows, block):
+        if self.is_whole:
+            span = rows[:, self.first_token : self.last_token + 1].float()
+            if self.normalize == "vocab":
+                return span - rows.float().logsumexp(-1, keepdim=True)
+            others = [rows[:, self.outside].float()]
+        else:
+            # In float32 whatever the model's type is: in 8 bits of mantissa many sibling tokens would tie.
+            with torch.autocast(rows.device.type, enabled=False):
+                span = F.linear(rows.float(), *self.span_rows)
+            others = (
+                F.linear(rows.to(weight.dtype), weight, bias).float()
+                for weight, bias in self._blocks(max(1, block // len(rows)))
+            )
+        scored = span if self.inside is None else span[:, self.inside]
+        normalizer = scored.logsumexp(-1, keepdim=True)
+        for logits in others:
+            normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1, keepdim=True))
+        return span - normalizer
+
+    def _blocks(self, width):
+        for weight, bias in self.other_rows:
+            biases = [None] * len(weight) if bias is None else bias.split(width)
+            yield from zip(weight.split(width), biases, strict=False)
+
+    def _read_rows(self):
+        span = torch.arange(self.first_token, self.last_token + 1, device=self.model.device)
+        if self.normalize == "vocab":
+            self.weight, self.bias = read_rows(self.model, None)
+            if self.weight is None:
+                return
+            cuts = [slice(0, self.first_token), slice(self.last_token + 1, None)]
+            inner = slice(self.first_token, self.last_token + 1)
+        else:
+            self.weight, self.bias = read_rows(self.model, torch.cat([span, self.outside]))
+            if self.weight is None:
+                return
+            cuts, inner = [slice(len(span), None)], slice(0, len(span))
+        cut = lambda part: (self.weight[part], None if self.bias is None else self.bias[part])  # noqa: E731
+        self.other_rows = [cut(part) for part in cuts if len(self.weight[part])]
+        self.span_rows = [None if rows is None else rows.float() for rows in cut(inner)]
+
+
+@torch.no_grad()
+def read_rows(model, tokens):
+    """
+    Rows of a model's output layer, gathered or merged.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        tokens (`torch.Tensor` of shape `(n,)`, *optional*): Which rows; all if None.
+
+    Returns:
+        `tuple`: weight of shape (n, H) and bias of shape (n,) or None; (None, None) if the layer is no linear map.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return None, None
+    is_hooked = bool(head._forward_hooks or head._forward_pre_hooks) or "forward" in vars(head)
+    if type(head) is nn.Linear and hasattr(head.weight, "ds_id"):
+        # By name, because an import statement would be a requirement of this file where it travels with a model.
+        deepspeed = importlib.import_module("deepspeed")
+        with deepspeed.zero.GatheredParameters([rows for rows in (head.weight, head.bias) if rows is not None]):
+            return _chosen(head.weight, head.bias, tokens, copy=True)
+    if type(head) is nn.Linear and isinstance(head.weight, DTensor):
+        return _chosen(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens)
+    if type(head) is nn.Linear and not is_hooked and type(head.weight) is nn.Parameter:
+        return _chosen(head.weight, head.bias, tokens)
+    return _merged(model, head, tokens)
+
+
+def _chosen(weight, bias, tokens, copy=False):
+    weight, bias = (None if rows is None else rows.detach() for rows in (weight, bias))
+    if tokens is None:
+        return [rows.clone() if copy and rows is not None else rows for rows in (weight, bias)]
+    return weight[tokens], None if bias is None else bias[tokens]
+
+
+def _merged(model, head, tokens):
+    """What a linear map gives for the unit vectors are the columns of its matrix."""
+    size, dtype, device = model.config.get_text_config(decoder=True).hidden_size, model.dtype, model.device
+    tokens = slice(None) if tokens is None else tokens.to(device)
+    with evaluating(head):
+        bias = head(torch.zeros(1, size, dtype=dtype, device=device))[0]
+        weight = torch.empty((len(bias[tokens]), size), dtype=dtype, device=device)
+        for start in range(0, size, 256):
+            units = torch.eye(min(256, size - start), size, dtype=dtype, device=device).roll(start, 1)
+            weight[:, start : start + 256] = (head(units) - bias)[:, tokens].T
+        # Only a linear map gives the same elsewhere.
+        generator = torch.Generator().manual_seed(0)
+        trial = torch.randn(4, size, generator=generator).to(device, dtype)
+        expected = head(trial)[:, tokens].float()
+    found = F.linear(trial.float(), weight.float(), bias[tokens].float())
+    tolerance = 16 * torch.finfo(dtype).eps * expected.abs().amax()
+    if not ((found - expected).abs() <= tolerance).all():
+        return None, None
+    return weight, bias[tokens] if bias.any() else None
+
+
+def is_sharded(model):
+    """Whether ranks hold parts of the model's parameters each, and so must run it together."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return False
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
