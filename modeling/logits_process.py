@@ -1,9 +1,13 @@
 """The valid SIDs as a constraint for `generate()`: the compatible path beside `search`."""
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
+from transformers.utils import logging
 
 from .trie import SIDTrie, check_catalog_rows
+
+logger = logging.get_logger(__name__)
 
 
 class SIDLogitsProcessor(LogitsProcessor):
@@ -19,6 +23,10 @@ class SIDLogitsProcessor(LogitsProcessor):
     [`search`] is faster and exact. `generate()` keeps a finished SID only if it ranks among the `num_beams` best of its
     step, and so loses some short SIDs in catalogs of variable length.
 
+    With `do_sample=True` each token is drawn from the softmax over those allowed, which is another distribution than the
+    model's over whole SIDs: a SID with few siblings is drawn more often. `top_k` (50 unless set), `top_p` and
+    `temperature` of `generate()` act behind the processor; `top_k=0` draws from all tokens that are allowed.
+
     Args:
         tokenizer ([`SIDTokenizer`]):
             The tokenizer the model was trained with.
@@ -26,47 +34,73 @@ class SIDLogitsProcessor(LogitsProcessor):
             Number of columns of the `input_ids` given to `generate()`, padding included. SIDs within the prompt are
             never taken for generated ones. Less by n if the last n tokens of every prompt begin the SID.
         trie ([`SIDTrie`], *optional*, defaults to all SIDs of the tokenizer):
-            The SIDs that are allowed, for instance those in stock: `SIDTrie.from_tokenizer(tokenizer, sid_rows)`. Its
-            rows must be the catalog's, which [`SIDLogitsProcessor.sid_rows`] checks.
+            The SIDs that are allowed, for instance those in stock: `trie.restrict(products)`. Its rows must be the
+            catalog's, which [`SIDLogitsProcessor.sid_rows`] checks.
+        in_place (`bool`, *optional*, defaults to `False`):
+            Whether to overwrite the scores instead of returning new ones, which on the CPU takes most of the step's
+            time at a large vocabulary. For beam search only: greedy decoding and sampling store the very tensor that
+            they pass in as `output_logits`, which then would be the masked scores. The processor sees neither the
+            decoding method nor whether logits are wanted, and so cannot warn.
 
     Raises:
+        `TypeError`: if `in_place` is no bool.
         `ValueError`: if `prompt_length` is negative, larger than what `generate()` passes, or too small, so that no
-            sequence begins with a SID behind it.
+            sequence begins with a SID behind it; if the scores have no column for a token of the trie; if `trie` is a
+            stack of several.
 
     Example:
 
     ```python
-    >>> processor = SIDLogitsProcessor(tokenizer, prompt_length=inputs["input_ids"].shape[1])
+    >>> processor = SIDLogitsProcessor(tokenizer, prompt_length=inputs["input_ids"].shape[1], in_place=True)
     >>> config = sid_generation_config(model, tokenizer, num_beams=50, num_return_sequences=10)
     >>> sequences = model.generate(**inputs, generation_config=config, logits_processor=[processor])
     >>> sid_rows = processor.sid_rows(sequences)
+    >>> products = processor.decode_products(sequences)
     ```
     """
 
-    def __init__(self, tokenizer, prompt_length: int, trie: SIDTrie | None = None):
+    def __init__(self, tokenizer, prompt_length: int, trie: SIDTrie | None = None, in_place: bool = False):
         if isinstance(prompt_length, bool) or not isinstance(prompt_length, int) or prompt_length < 0:
             raise ValueError(f"`prompt_length` must be an integer of at least 0, got {prompt_length!r}.")
+        if not isinstance(in_place, bool):
+            raise TypeError(f"`in_place` must be True or False, got {in_place!r}.")
         self.tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.prompt_length = prompt_length
         self.trie = SIDTrie.from_tokenizer(tokenizer) if trie is None else trie
+        if self.trie.num_roots > 1:
+            raise ValueError(
+                f"`trie` is a stack of {self.trie.num_roots} tries, and the processor takes one for all prompts. "
+                f"`search(..., trie=[...])` takes one for each."
+            )
+        self.in_place = in_place
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._check_length(input_ids)
-        trie = self._trie_on(input_ids.device)
+        trie = self._current_trie(input_ids.device)
+        if trie.max_token_id >= scores.shape[1]:
+            raise ValueError(
+                f"The trie holds token {trie.max_token_id} but the scores are for {scores.shape[1]} tokens only. Resize "
+                f"the model's embeddings to the tokenizer first."
+            )
+        if len(input_ids) == 0:
+            return scores
         generated = input_ids[:, self.prompt_length :]
         nodes = trie.walk(generated)
-        if (nodes < 0).all() and not (generated == self.eos_token_id).any():
+        # On CUDA the one point at which the host waits for the device; `generate()` does so at every step anyway.
+        if generated.shape[1] and not ((nodes >= 0).any() | (generated == self.eos_token_id).any()):
             raise ValueError(
                 f"Behind column `prompt_length` {self.prompt_length} none of the sequences begins with a SID: the prompt "
                 f'reaches further. Build the processor with `prompt_length=inputs["input_ids"].shape[1]`.'
             )
-        tokens, _, is_child = trie.children(nodes)
-        rows, columns = is_child.nonzero(as_tuple=True)
-        allowed = tokens[rows, columns]
-        # Out of place, because sampling stores the tensor it passes in as `output_logits`.
-        processed = torch.full_like(scores, -torch.inf)
-        processed[rows, allowed] = scores[rows, allowed]
+        # What is not outside the trie is as deep as there are tokens. With a given width nothing is read back.
+        level = generated.shape[1]
+        tokens, _, is_child = trie.children(nodes, trie.level_widths[level] if level < trie.depth else 1)
+        # The end token is nobody's child. Its column takes what is read where there is no child, and is written last.
+        columns = torch.where(is_child, tokens, self.eos_token_id)
+        allowed = scores.gather(1, columns)
+        processed = scores if self.in_place else torch.empty_like(scores)
+        processed.fill_(-torch.inf).scatter_(1, columns, allowed)
         # Of the nodes, only leaves and -1 (ended, or outside the trie) have no children.
         processed[:, self.eos_token_id] = torch.where(is_child.any(dim=1), -torch.inf, 0.0).to(scores.dtype)
         return processed
@@ -90,10 +124,37 @@ class SIDLogitsProcessor(LogitsProcessor):
         self._check_length(sequences)
         generated = sequences[:, self.prompt_length :]
         has_ended = (generated == self.eos_token_id).cumsum(dim=1) > 0
-        trie = self._trie_on(sequences.device)
+        trie = self._current_trie(sequences.device)
         rows = trie.sid_rows(trie.walk(generated.masked_fill(has_ended, -1)))
         check_catalog_rows(trie, self.tokenizer, rows)
         return rows
+
+    def decode_products(self, sequences: torch.LongTensor) -> list[list[str]]:
+        """
+        Reads the products out of what `generate()` returned.
+
+        Unlike [`SIDTokenizer.decode_products`] it knows the filter: of the products that share a SID only those that
+        the trie was restricted to come back. Sequences without a valid SID have none instead of raising an error.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(R, length)`): The prompts with what was generated.
+
+        Returns:
+            `list[list[str]]`: For each sequence the ids of its SID's products, most popular first.
+
+        Raises:
+            `ValueError`: as [`SIDLogitsProcessor.sid_rows`].
+        """
+        catalog, mask = self.tokenizer.catalog, self.trie.product_mask
+        products = []
+        for row in self.sid_rows(sequences).tolist():
+            product_rows = catalog.products_of(row) if row >= 0 else np.empty(0, dtype=np.int64)
+            if mask is not None:
+                # A product that was appended after the trie had been restricted is in no filter.
+                product_rows = product_rows[product_rows < len(mask)]
+                product_rows = product_rows[mask[product_rows]]
+            products.append(catalog.product_ids(product_rows))
+        return products
 
     def _check_length(self, input_ids: torch.Tensor) -> None:
         if input_ids.shape[1] < self.prompt_length:
@@ -102,141 +163,10 @@ class SIDLogitsProcessor(LogitsProcessor):
                 f"Build the processor with the length of the padded `input_ids` given to `generate()`."
             )
 
-    def _trie_on(self, device: torch.device) -> SIDTrie:
-        if self.trie.device != device:
-            self.trie = self.trie.to(device)
-        return self.trie
-
-
-# What `generate()` may be told besides, because it changes neither scores nor their order.
-FREE_OPTIONS = (
-    "cache_implementation",
-    "compile_config",
-    "disable_compile",
-    "max_cache_len",
-    "output_attentions",
-    "output_hidden_states",
-    "output_logits",
-    "output_scores",
-    "prefill_chunk_size",
-    "return_dict_in_generate",
-    "use_cache",
-)
-
-# Without a value that does nothing: `generate()` takes a model's over the None that would switch them off.
-IRREMOVABLE_OPTIONS = (
-    "assistant_early_exit",
-    "constraints",
-    "dola_layers",
-    "force_words_ids",
-    "forced_bos_token_id",
-    "prompt_lookup_num_tokens",
-    "stop_strings",
-    "watermarking_config",
-)
-
-
-def sid_generation_config(
-    model, tokenizer, num_beams: int = 50, num_return_sequences: int = 10, **overrides
-) -> GenerationConfig:
-    """
-    Makes the generation config under which `generate()` ranks SIDs by their log-probability.
-
-    `generate()` fills every option that is None from the model's own `generation_config`, so a checkpoint that was
-    published for chat would sample, penalise SIDs of the history, or favour long ones. Here all that could touch scores
-    or ranking is set to a value that does nothing.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model; its `generation_config` is read, not changed.
-        tokenizer ([`SIDTokenizer`]):
-            The tokenizer the model was trained with.
-        num_beams (`int`, *optional*, defaults to 50):
-            Number of beams. Use 3 to 5 times `num_return_sequences`; a narrower search loses short SIDs. 1 is greedy.
-        num_return_sequences (`int`, *optional*, defaults to 10):
-            Number of SIDs returned for each prompt.
-        overrides (*optional*):
-            Further options of [`~transformers.GenerationConfig`] which concern outputs and cache, and a larger
-            `max_new_tokens`.
-
-    Returns:
-        [`~transformers.GenerationConfig`]: The config, to be passed along with a [`SIDLogitsProcessor`].
-
-    Raises:
-        `ValueError`: for an override that would change scores or ranking, for more `num_return_sequences` than beams,
-            and if the model's own `generation_config` holds an option that cannot be overruled.
-    """
-    eos_token_id = tokenizer.eos_token_id
-    # A SID and its end token: with less room no SID of full length could finish.
-    min_room = tokenizer.sid_sequences().shape[1] + 1
-    options = {
-        "num_beams": num_beams,
-        "num_return_sequences": num_return_sequences,
-        "max_new_tokens": min_room,
-        "min_new_tokens": 0,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "do_sample": False,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-        "typical_p": 1.0,
-        "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,
-        # 1.0, the default of `generate()`, divides by the length and so favours long SIDs.
-        "length_penalty": 0.0,
-        # With it the first SIDs to end would win, though longer ones may be more probable.
-        "early_stopping": False,
-        # Its docstring recommends it; for ranking it gives only children probability 1.
-        "renormalize_logits": False,
-        "remove_invalid_values": False,
-        "repetition_penalty": 1.0,
-        "encoder_repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-        "guidance_scale": 1.0,
-        "penalty_alpha": 0.0,
-        "num_beam_groups": 1,
-        "diversity_penalty": 0.0,
-        "use_mtp": False,
-        "low_memory": False,
-        "is_assistant": False,
-        "cache_implementation": "dynamic",
-    }
-    if num_beams == 1:
-        # Greedy decoding knows no length penalty, and transformers warns about one.
-        del options["length_penalty"]
-
-    held = model.generation_config
-    for name in IRREMOVABLE_OPTIONS:
-        if getattr(held, name, None) is not None:
-            raise ValueError(
-                f"The model's `generation_config` sets `{name}`, which `generate()` applies whatever it is passed and "
-                f"which would break the ranking of SIDs. Set `model.generation_config.{name} = None`."
+    def _current_trie(self, device: torch.device) -> SIDTrie:
+        if self.trie.catalog_version not in (None, self.tokenizer.catalog.version_id):
+            logger.warning_once(
+                "The trie was built before the catalog changed: SIDs of products appended since are not generated, and "
+                "those whose products were all withdrawn since still are. Build a new processor, with a new trie."
             )
-    # For these None means "off" but would bring the model's value back; each stand-in acts only where it changes
-    # nothing. They are set only against such a value, for each costs a step of its own. What acts on the end token
-    # alone (a decay, a forced end) needs none: the processor comes later and decides about that token.
-    stand_ins = {
-        "bad_words_ids": [[eos_token_id, eos_token_id]],
-        "begin_suppress_tokens": [],
-        "max_time": float("inf"),
-        "sequence_bias": [[[eos_token_id], 0.0]],
-        "suppress_tokens": [],
-    }
-    options |= {name: value for name, value in stand_ins.items() if getattr(held, name, None) is not None}
-
-    for name, value in overrides.items():
-        if name == "max_new_tokens":
-            if not isinstance(value, int) or value < min_room:
-                raise ValueError(
-                    f"`max_new_tokens={value}` leaves no room for the longest SID and its end token: pass at least "
-                    f"{min_room}, or nothing."
-                )
-        elif name not in FREE_OPTIONS and not (name in options and options[name] == value):
-            needed = f" `{name}` has to be {options[name]!r}." if name in options else ""
-            raise ValueError(
-                f"`{name}={value!r}` is refused: it may change the scores or the ranking of SIDs, or hide them.{needed} "
-                f"Drop it, or build a `GenerationConfig` of your own and pass it with the `SIDLogitsProcessor`."
-            )
-    return GenerationConfig(**(options | overrides))
+        return self.trie.to(device)

@@ -1,5 +1,14 @@
 from .evaluate_metrics import path as metric_path
-from .modeling import SIDLogitsProcessor, SIDTrie, initialize_sid_rows, search, sid_generation_config
+from .modeling import (
+    SIDLogitsProcessor,
+    SIDRetrievalPipeline,
+    SIDTrie,
+    initialize_sid_rows,
+    save_custom_generate,
+    search,
+    sid_generate,
+    sid_generation_config,
+)
 from .sid_tokenizer import (
     RQVAE,
     CollisionReport,
@@ -38,6 +47,7 @@ __all__ = [
     "RQVAEConfig",
     "SIDDataCollator",
     "SIDLogitsProcessor",
+    "SIDRetrievalPipeline",
     "SIDTokenizer",
     "SIDTrainer",
     "SIDTrainingArguments",
@@ -50,7 +60,9 @@ __all__ = [
     "plot_layers",
     "plot_sweep",
     "refit_pruned",
+    "save_custom_generate",
     "search",
+    "sid_generate",
     "sid_generation_config",
     "split_codes",
     "sweep",

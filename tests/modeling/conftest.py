@@ -12,10 +12,19 @@ FIRST_SID_TOKEN = 20
 class StubCatalog:
     """`group_sizes[s]` products share SID s; within a SID they are in order of popularity already."""
 
-    def __init__(self, group_sizes):
+    def __init__(self, group_sizes, codes):
         self.groups = np.split(np.arange(sum(group_sizes)), np.cumsum(group_sizes)[:-1])
         self.num_sids = len(group_sizes)
         self.version_id = "1"
+        num_products = sum(group_sizes)
+        sid_codes = np.array([[*sid, -1] for sid in codes])
+        self.columns = {
+            "sid_codes": sid_codes,
+            "sid_order": np.lexsort(sid_codes.T[::-1]),
+            "sid_offsets": np.append(0, np.cumsum(group_sizes)),
+            "product_sids": np.repeat(np.arange(len(group_sizes)), group_sizes),
+            "product_withdrawn": np.zeros(num_products, dtype=bool),
+        }
 
     def expand_sids(self, sid_rows, top_k):
         products, positions = np.full((2, len(sid_rows), top_k), -1, dtype=np.int64)
@@ -38,7 +47,9 @@ class StubTokenizer:
     def __init__(self, codes, codebook_size, group_sizes=None, eos_token_id=1, pad_token_id=0):
         self.codes, self.codebook_size = codes, codebook_size
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
-        self.catalog = StubCatalog([1] * len(codes) if group_sizes is None else group_sizes)
+        self.catalog = StubCatalog([1] * len(codes) if group_sizes is None else group_sizes, codes)
+        self.layer_order = list(range(len(codes[0])))
+        self.cache = {}
         self.vocab_size = FIRST_SID_TOKEN + len(codes[0]) * codebook_size + 3
         self.max_length = None
         self.prompt_template = PromptTemplate()
@@ -47,11 +58,21 @@ class StubTokenizer:
         size = self.codebook_size
         return [FIRST_SID_TOKEN + layer * size + code for layer, code in enumerate(prefix_codes) if code >= 0]
 
+    def layer_token_ids(self):
+        layers = FIRST_SID_TOKEN + np.arange(len(self.layer_order) * self.codebook_size).reshape(
+            -1, self.codebook_size
+        )
+        return [*layers, np.zeros(0, dtype=np.int64)]
+
     def sid_sequences(self, sid_rows=None):
         rows = [self.prefix_token_ids(codes) for codes in self.codes]
         depth = max(map(len, rows))
         sequences = torch.tensor([row + [-1] * (depth - len(row)) for row in rows])
         return sequences if sid_rows is None else sequences[sid_rows]
+
+    @property
+    def max_sid_length(self):
+        return max(len(self.prefix_token_ids(codes)) for codes in self.codes)
 
     def codebook_fingerprint(self):
         return "00000000000000a0"
