@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from rqsid.modeling.logits_process import SIDLogitsProcessor, sid_generation_config
+from rqsid.modeling import SIDLogitsProcessor, sid_generation_config
 from rqsid.modeling.trie import SIDTrie
 
 # Unequal lengths; the second one's history holds SID tokens (20 and up), the third one ends in them.
