@@ -1,6 +1,7 @@
 """Exact-score beam search over the valid SIDs, with all beams of a prompt decoded as one tree."""
 
 import math
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ def beam_search(
     trie: SIDTrie,
     num_beams: int,
     num_return: int,
-    normalize: str = "vocab",
+    normalize: str | None = None,
     vocabulary: torch.Tensor | None = None,
     start_nodes: torch.Tensor | None = None,
     batch_size: int | None = None,
@@ -39,7 +40,8 @@ def beam_search(
     would in `generate()`, which loses short SIDs by it.
 
     Prompts are decoded in chunks whose keys and values, masks, activations and candidates are estimated to stay within
-    `max_memory`, and the positions of a single prompt in pieces if need be; only its keys and values cannot be cut. All
+    `max_memory`, and the positions of a single prompt in pieces if need be; its keys and values, and the candidates of its
+    beams, are held in any case. All
     shapes follow from the arguments, never from scores, and between prefill and result nothing waits for the device. The
     model runs in evaluation mode and gets its mode back. Ranks of a sharded model (ZeRO-3, FSDP2) must call together; they
     all run as many forward passes as the one that needs most.
@@ -54,11 +56,12 @@ def beam_search(
         normalize (`str`, *optional*, defaults to `"vocab"`): `"vocab"` or `"sid"`, see [`search`].
         vocabulary (`torch.Tensor` of shape `(N,)`, *optional*): With `"sid"`, the token ids of the softmax.
         start_nodes (`torch.Tensor` of shape `(B,)`, *optional*, defaults to the root):
-            The node each search begins at; the tokens that lead there must already end the prompt.
+            The node each search begins at, a root or one below it; the tokens that lead there must already end the prompt.
         batch_size (`int`, *optional*): Prompts decoded at once at most; no bound but `max_memory` by default.
         max_memory (`int`, *optional*, defaults to 1 GiB): Bytes beside model and trie.
         head ([`OutputHead`], *optional*):
-            Made for this model and a trie of the same tokens; saves reading the output layer in every call.
+            Made for this model, and the tokens of the trie or more; saves reading the output layer in every call. It brings
+            `normalize` and `vocabulary` along.
 
     Returns:
         `tuple(torch.Tensor)`: SID rows of shape `(B, num_return)` (int64, -1 where there are no more) and their
@@ -70,9 +73,12 @@ def beam_search(
             NaN.
     """
     # 1. arguments
-    for name, number in (("num_beams", num_beams), ("num_return", num_return), ("max_memory", max_memory)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    numbers = {"num_beams": num_beams, "num_return": num_return, "max_memory": max_memory, "batch_size": batch_size}
+    for name, number in numbers.items():
+        is_number = isinstance(number, Integral) and not isinstance(number, bool) and number > 0
+        if not is_number and not (name == "batch_size" and number is None):
             raise ValueError(f"`{name}` must be a positive integer, got {number!r}.")
+    num_beams, num_return, max_memory = int(num_beams), int(num_return), int(max_memory)
     if attention_mask.shape != input_ids.shape or attention_mask.dim() != 2:
         raise ValueError(
             f"`input_ids` and `attention_mask` must have one shape (batch, length), got {tuple(input_ids.shape)} and "
@@ -89,21 +95,36 @@ def beam_search(
     trie = trie.to(device)
     depths = [0]
     if start_nodes is None:
+        if trie.num_roots > 1:
+            raise ValueError(
+                f"The trie is a stack with {trie.num_roots} roots: pass the root of each prompt as `start_nodes`."
+            )
         start_nodes = torch.zeros(num_rows, dtype=torch.int64, device=device)
     elif num_rows:
-        depths = trie.node_depths(start_nodes).unique().tolist()
+        if start_nodes.shape != (num_rows,) or start_nodes.min() < 0 or start_nodes.max() >= trie.num_nodes:
+            raise ValueError(
+                f"`start_nodes` must be {num_rows} nodes between 0 and {trie.num_nodes - 1}, one for each prompt, got "
+                f"{start_nodes.tolist()}."
+            )
+        depths = trie.node_depths(start_nodes).tolist()
+    lengths = attention_mask.sum(dim=1).tolist()
+    _check_context(config, lengths, [trie.depth - depth for depth in depths] * (num_rows // len(depths)))
+    depths = sorted(set(depths))
     sid_rows = torch.full((num_rows, num_return), -1, dtype=torch.int64, device=device)
     scores = torch.full((num_rows, num_return), -torch.inf, device=device)
 
     with evaluating(model):
         tree_cache(model)
         if head is None:
-            head = OutputHead(model, trie.min_token_id, trie.max_token_id, normalize, vocabulary)
+            head = OutputHead(model, trie.tokens, "vocab" if normalize is None else normalize, vocabulary)
+        elif normalize is not None or vocabulary is not None:
+            raise ValueError("`head` has its own `normalize` and `vocabulary`: leave them out.")
+        elif not torch.isin(trie.tokens, head.tokens).all():
+            raise ValueError("The trie has tokens that `head` does not score: make the head with `trie.tokens`.")
 
         # 2. chunks of prompts and pieces of positions that fit, known before anything runs
         levels = plan_levels(trie, depths, num_beams)
         chunks, first = [], 0
-        lengths = attention_mask.sum(dim=1).tolist()
         while first < num_rows:
             longest = max(lengths[first : first + (batch_size or num_rows)])
             size, piece = plan_memory(config, head, longest, levels, model.dtype.itemsize, max_memory)
@@ -163,6 +184,8 @@ def _decode(model, head, input_ids, attention_mask, trie, start_nodes, levels, p
     nodes, scores = start_nodes[:, None], torch.zeros((num_rows, 1), device=device)
     prompt_lengths = attention_mask.sum(dim=1, keepdim=True)
     sees_prompt = attention_mask[:, None].bool()
+    # Where other rows began nearer to the root, the beams of a finished row are dead, and stay within the context.
+    last_positions = prompt_lengths + (trie.depth - 1 - trie.node_depths(start_nodes)[:, None]).clamp(min=0)
     sees_tree = torch.zeros((num_rows, 1, 0), dtype=torch.bool, device=device)
     for level, (width, num_live) in enumerate(levels):
         # 1. score the children of all live beams; parents without a chance (-inf) have none
@@ -171,7 +194,7 @@ def _decode(model, head, input_ids, attention_mask, trie, start_nodes, levels, p
         with record_function("rqsid::children"):
             tokens, children, is_child = trie.children(nodes, width)
         with record_function("rqsid::select"):
-            candidates = log_probs.gather(-1, (tokens - head.first_token).clamp_(min=0)) + scores[..., None]
+            candidates = log_probs.gather(-1, head.columns(tokens)) + scores[..., None]
             candidates = candidates.masked_fill_(~is_child, -torch.inf).flatten(1)
             tokens, children = tokens.flatten(1), children.flatten(1)
 
@@ -206,7 +229,7 @@ def _decode(model, head, input_ids, attention_mask, trie, start_nodes, levels, p
                     head(
                         input_ids=tokens[:, start:end],
                         attention_mask=tree_mask(sees, model.dtype, attention),
-                        position_ids=(prompt_lengths + level).expand(-1, end - start),
+                        position_ids=torch.minimum(prompt_lengths + level, last_positions).expand(-1, end - start),
                         past_key_values=cache,
                         use_cache=True,
                     )
@@ -261,7 +284,11 @@ def plan_memory(
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or hidden // num_heads
+    if getattr(config, "kv_lora_rank", None):  # keys and values of unequal size, for each head
+        num_kv_heads, head_dim = num_heads, max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    num_experts = getattr(config, "num_experts_per_tok", None) or 1
+    intermediate = max(intermediate, num_experts * (getattr(config, "moe_intermediate_size", None) or intermediate))
     widest = max([1, *(beams for _, beams in levels)])
     length = prompt_length + sum(beams for _, beams in levels)
     # Keys and values of all layers, and one layer's once more while it grows.
@@ -271,14 +298,40 @@ def plan_memory(
     if config._attn_implementation == "eager":
         position += 2 * 4 * num_heads * length
     # Of a beam: the head's columns, and for every child token, node, score and what choosing among them takes.
-    columns = config.vocab_size if head.is_whole else head.last_token - head.first_token + 1
-    beam = 12 * columns + 64 * max(width for width, _ in levels)
+    columns = config.vocab_size if head.is_whole else len(head.tokens)
+    beam = 12 * columns + 64 * max((width for width, _ in levels), default=1)
     fixed = cache + widest * beam
+    max_memory -= 12 * min(head.block, max(widest, 16) * config.vocab_size)
     positions = max(prompt_length, widest)
     size = max_memory // (fixed + positions * position)
-    if size:
+    if size > 0:
         return size, positions
     return 1, max(16, (max_memory - fixed) // position)
+
+
+def _check_context(config, lengths: list[int], left: list[int]) -> None:
+    """The positions that the model has, and those at which its rotations change; `left` are the tokens that may follow."""
+    context = getattr(config, "max_position_embeddings", None) or 0
+    for length, more in zip(lengths, left, strict=True):
+        # The last token of a SID is never fed.
+        if 0 < context < length + more - 1:
+            raise ValueError(
+                f"A prompt has {length} tokens and up to {more} of a SID follow, more than the {context} positions of the "
+                f"model. Shorten the prompt."
+            )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or context
+        sides = {
+            "both" if length <= original < length + more - 1 else length > original
+            for length, more in zip(lengths, left, strict=True)
+        }
+        if "both" in sides or len(sides) > 1:
+            raise ValueError(
+                f"The model rotates positions otherwise beyond {original} tokens ({rope['rope_type']}), so that prompts on both "
+                f"sides of it, and one that crosses it, would not get the scores that they get alone. Search longer prompts "
+                f"apart from shorter ones, and cut those that end within a SID's length of {original}."
+            )
 
 
 def check_left_padding(attention_mask: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput
 from transformers.utils import logging
 
 from .beam_search import beam_search, default_num_beams
-from .search import check_codebook, warn_if_stale
+from .search import check_codebook, check_tokenizer, make_forest, warn_if_stale
 from .trie import SIDTrie, check_catalog_rows
 
 logger = logging.get_logger(__name__)
@@ -143,17 +143,13 @@ def sid_generate(
     attention_mask = _attention_mask(input_ids, model_kwargs)
 
     # 2. the search
-    start_nodes = None
     trie = SIDTrie.from_tokenizer(tokenizer) if trie is None else trie
-    tries = trie if isinstance(trie, list | tuple) else [trie]
-    for one in tries:
+    tries = list(trie) if isinstance(trie, list | tuple) else [trie] * len(input_ids)
+    if len(tries) != len(input_ids):
+        raise ValueError(f"`trie` is a list of {len(tries)} for {len(input_ids)} prompts: pass one trie, or one each.")
+    forest, roots = make_forest(tries, model.device)
+    for one in dict.fromkeys(tries):
         warn_if_stale(one, tokenizer)
-    if tries is trie:
-        if len(trie) != len(input_ids):
-            raise ValueError(
-                f"`trie` is a list of {len(trie)} for {len(input_ids)} prompts: pass one trie, or one each."
-            )
-        trie, start_nodes = SIDTrie.stack(list(trie)), torch.arange(len(trie), device=model.device)
     vocabulary = None
     if normalize == "sid":
         vocabulary = torch.cat([tokenizer.sid_vocabulary(), torch.tensor([tokenizer.eos_token_id])])
@@ -161,22 +157,22 @@ def sid_generate(
         model,
         input_ids.to(model.device),
         attention_mask.to(model.device),
-        trie.to(model.device),
+        forest,
         default_num_beams(int(top_k)) if beams is None else int(beams),
         int(top_k),
         normalize,
         vocabulary,
-        start_nodes,
+        roots,
     )
-    for index, one in enumerate(tries):
-        check_catalog_rows(one, tokenizer, sid_rows[index] if len(tries) > 1 else sid_rows)
+    for root, one in enumerate(dict.fromkeys(tries)):
+        check_catalog_rows(one, tokenizer, sid_rows[roots == root])
 
     # 3. prompt, SID, end token, padding
     sid_rows = sid_rows.cpu().flatten()
-    tokens = tokenizer.sid_sequences(sid_rows.clamp(min=0).numpy())[:, : trie.depth]
+    tokens = tokenizer.sid_sequences(sid_rows.clamp(min=0).numpy())[:, : forest.depth]
     tokens = torch.where(sid_rows[:, None] >= 0, tokens, -1)
     lengths = (tokens >= 0).sum(dim=1, keepdim=True)
-    answers = torch.full((len(tokens), trie.depth + 1), tokenizer.pad_token_id)
+    answers = torch.full((len(tokens), forest.depth + 1), tokenizer.pad_token_id)
     answers[:, : tokens.shape[1]] = torch.where(tokens >= 0, tokens, tokenizer.pad_token_id)
     answers.scatter_(1, lengths, tokenizer.eos_token_id)
     sequences = torch.cat([input_ids.repeat_interleave(top_k, dim=0), answers.to(input_ids.device)], dim=1)
@@ -249,11 +245,7 @@ def _check_tokenizer(tokenizer):
             "Ranking SIDs needs the SIDTokenizer that the model was trained with. Pass `sid_tokenizer=tokenizer` to the "
             "callable (`generate()` does not hand `tokenizer` on to a callable), `tokenizer=tokenizer` to a folder."
         )
-    if not hasattr(tokenizer, "sid_sequences"):
-        raise TypeError(
-            f"The tokenizer is a {type(tokenizer).__name__}, which knows no catalog of SIDs. Load the one that was saved with "
-            f"the model by `SIDTokenizer.from_pretrained`, or by `AutoTokenizer` with `trust_remote_code=True`."
-        )
+    check_tokenizer(tokenizer)
     return tokenizer
 
 

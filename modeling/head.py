@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .model_checks import evaluating, innermost, logits_are_linear
 
 # Numbers of a block of logits of which only the log-sum-exp is kept. On the CPU a block should stay in the cache.
 BLOCK_ON_CPU = 2**19
-BLOCK_ELSEWHERE = 2**26
+BLOCK_ELSEWHERE = 2**24
 
 
 class OutputHead:
@@ -31,8 +32,8 @@ class OutputHead:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A causal language model, or a `peft` model around one.
-        first_token, last_token (`int`):
-            The range of token ids that are scored.
+        tokens (`torch.Tensor` of shape `(n,)`):
+            The ids of the tokens that are scored, ascending.
         normalize (`str`, *optional*, defaults to `"vocab"`):
             `"vocab"` or `"sid"`, see [`search`].
         vocabulary (`torch.Tensor` of shape `(N,)`, *optional*):
@@ -42,22 +43,25 @@ class OutputHead:
         `ValueError`: if `normalize` is unknown, or `"sid"` lacks its `vocabulary`.
     """
 
-    def __init__(self, model, first_token, last_token, normalize="vocab", vocabulary=None):
+    def __init__(self, model, tokens, normalize="vocab", vocabulary=None):
         if normalize not in ("vocab", "sid") or (normalize == "sid") != (vocabulary is not None):
             raise ValueError(
                 f'`normalize` must be "vocab", or "sid" with the token ids of the softmax as `vocabulary`; got '
                 f"{normalize!r} and {'no' if vocabulary is None else 'a'} `vocabulary`."
             )
         self.model = model
-        self.first_token, self.last_token = first_token, last_token
         self.normalize = normalize
+        self.tokens = tokens.to(model.device)
+        self.first_token, self.last_token = int(tokens[0]), int(tokens[-1])
+        # One range of ids, as tokenizers have that got their SID tokens here: its rows are a view.
+        self.is_range = self.last_token - self.first_token + 1 == len(tokens)
         self.inside = self.outside = None
         if vocabulary is not None:
             vocabulary = vocabulary.to(model.device)
-            is_inside = (vocabulary >= first_token) & (vocabulary <= last_token)
+            is_inside = torch.isin(vocabulary, self.tokens)
             self.outside = vocabulary[~is_inside]
-            if int(is_inside.sum()) <= last_token - first_token:
-                self.inside = vocabulary[is_inside] - first_token
+            if int(is_inside.sum()) < len(tokens):
+                self.inside = self.columns(vocabulary[is_inside])
         self.is_sharded = is_sharded(model)
         parameters = inspect.signature(innermost(model).forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters
@@ -66,9 +70,26 @@ class OutputHead:
             self._read_rows()
 
     @property
+    def block(self):
+        """How many logits are made at once of those that only the normaliser needs."""
+        return BLOCK_ON_CPU if self.model.device.type == "cpu" else BLOCK_ELSEWHERE
+
+    @property
     def is_whole(self):
         """Whether the model's own logits are used, as wide as the vocabulary."""
         return self.weight is None
+
+    def columns(self, tokens):
+        """
+        Args:
+            tokens (`torch.Tensor` of any shape): Token ids.
+
+        Returns:
+            `torch.Tensor` of the same shape: where each stands in the result of `log_probs`; anywhere, if it is not scored.
+        """
+        if self.is_range:
+            return (tokens - self.first_token).clamp(0, len(self.tokens) - 1)
+        return torch.searchsorted(self.tokens, tokens.contiguous()).clamp(max=len(self.tokens) - 1)
 
     def __call__(self, last=None, **inputs):
         """
@@ -106,55 +127,72 @@ class OutputHead:
             states (`torch.Tensor`): Shape: (B, k, H or V), as the head's call returns.
 
         Returns:
-            `torch.Tensor` (float32): log-probabilities of the tokens from `first_token` to `last_token`.
-            Shape: (B, k, last_token - first_token + 1).
+            `torch.Tensor` (float32): log-probabilities of `tokens`. Shape: (B, k, n).
         """
         rows = states.reshape(-1, states.shape[-1])
-        block = BLOCK_ON_CPU if rows.device.type == "cpu" else BLOCK_ELSEWHERE
         # As many rows at once as leave a block the width of a good matrix product.
-        parts = [self._log_probs(part, block) for part in rows.split(max(1, block // 1024))]
+        parts = [self._log_probs(part) for part in rows.split(max(1, self.block // 1024))]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*states.shape[:-1], -1)
 
-    def _log_probs(self, rows, block):
+    def _log_probs(self, rows):
         if self.is_whole:
-            span = rows[:, self.first_token : self.last_token + 1].float()
+            span = rows[:, self.first_token : self.last_token + 1] if self.is_range else rows[:, self.tokens]
+            span = span.float()
             if self.normalize == "vocab":
                 return span - rows.float().logsumexp(-1, keepdim=True)
-            others = [rows[:, self.outside].float()]
+            others = [rows[:, self.outside].float().logsumexp(-1, keepdim=True)]
         else:
             # In float32 whatever the model's type is: in 8 bits of mantissa many sibling tokens would tie.
             with torch.autocast(rows.device.type, enabled=False):
                 span = F.linear(rows.float(), *self.span_rows)
-            others = (
-                F.linear(rows.to(weight.dtype), weight, bias).float()
-                for weight, bias in self._blocks(max(1, block // len(rows)))
-            )
-        scored = span if self.inside is None else span[:, self.inside]
-        normalizer = scored.logsumexp(-1, keepdim=True)
-        for logits in others:
-            normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1, keepdim=True))
+            others = self._normalizers(rows, max(1, self.block // len(rows)))
+        if self.normalize == "vocab":
+            # Of scattered tokens the rows are among the others.
+            parts = [span.logsumexp(-1, keepdim=True)] if self.is_range else []
+        else:
+            parts = [(span if self.inside is None else span[:, self.inside]).logsumexp(-1, keepdim=True)]
+        normalizer = None
+        for part in (*parts, *others):
+            normalizer = part if normalizer is None else torch.logaddexp(normalizer, part)
         return span - normalizer
 
-    def _blocks(self, width):
+    def _normalizers(self, rows, width):
+        """Yields log-sum-exps over blocks of the other rows."""
+        buffer = None
+        width = min(width, max((len(weight) for weight, _ in self.other_rows), default=1))
         for weight, bias in self.other_rows:
             biases = [None] * len(weight) if bias is None else bias.split(width)
-            yield from zip(weight.split(width), biases, strict=False)
+            for weight_block, bias_block in zip(weight.split(width), biases, strict=False):
+                if rows.device.type == "cpu" and weight.dtype == rows.dtype == torch.float32:
+                    # Memory that is asked for and given back costs as much as filling it.
+                    buffer = rows.new_empty(len(rows) * width) if buffer is None else buffer
+                    logits = buffer[: len(rows) * len(weight_block)].view(len(rows), -1)
+                    with torch.autocast("cpu", enabled=False):
+                        torch.mm(rows, weight_block.T, out=logits)
+                    if bias_block is not None:
+                        logits += bias_block
+                else:
+                    logits = F.linear(rows.to(weight.dtype), weight_block, bias_block).float()
+                largest = logits.amax(-1, keepdim=True)
+                yield logits.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest)
 
     def _read_rows(self):
-        span = torch.arange(self.first_token, self.last_token + 1, device=self.model.device)
-        if self.normalize == "vocab":
-            self.weight, self.bias = read_rows(self.model, None)
-            if self.weight is None:
-                return
-            cuts = [slice(0, self.first_token), slice(self.last_token + 1, None)]
+        rows = None if self.normalize == "vocab" else torch.cat([self.tokens, self.outside])
+        self.weight, self.bias = read_rows(self.model, rows)
+        if self.weight is None:
+            return
+        if self.normalize == "sid":
+            inner, others = slice(0, len(self.tokens)), [slice(len(self.tokens), None)]
+        elif self.is_range:
             inner = slice(self.first_token, self.last_token + 1)
+            others = [slice(0, self.first_token), slice(self.last_token + 1, None)]
         else:
-            self.weight, self.bias = read_rows(self.model, torch.cat([span, self.outside]))
-            if self.weight is None:
-                return
-            cuts, inner = [slice(len(span), None)], slice(0, len(span))
-        cut = lambda part: (self.weight[part], None if self.bias is None else self.bias[part])  # noqa: E731
-        self.other_rows = [cut(part) for part in cuts if len(self.weight[part])]
+            inner, others = self.tokens, [slice(None)]
+
+        def cut(part):
+            return self.weight[part], None if self.bias is None else self.bias[part]
+
+        self.other_rows = [cut(part) for part in others if len(self.weight[part])]
         self.span_rows = [None if rows is None else rows.float() for rows in cut(inner)]
 
 
@@ -173,6 +211,7 @@ def read_rows(model, tokens):
     head = model.get_output_embeddings()
     if head is None:
         return None, None
+    tokens = None if tokens is None else tokens.to(head.weight.device) if hasattr(head, "weight") else tokens
     is_hooked = bool(head._forward_hooks or head._forward_pre_hooks) or "forward" in vars(head)
     if type(head) is nn.Linear and hasattr(head.weight, "ds_id"):
         # By name, because an import statement would be a requirement of this file where it travels with a model.
@@ -183,7 +222,19 @@ def read_rows(model, tokens):
         return _chosen(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens)
     if type(head) is nn.Linear and not is_hooked and type(head.weight) is nn.Parameter:
         return _chosen(head.weight, head.bias, tokens)
-    return _merged(model, head, tokens)
+    # What an FSDP2 module holds is whole only within its own forward, unless asked for.
+    owners = [
+        part
+        for part in model.modules()
+        if isinstance(part, FSDPModule) and any(inner is head for inner in part.modules())
+    ]
+    for owner in owners:
+        owner.unshard()
+    try:
+        return _merged(model, head, tokens)
+    finally:
+        for owner in owners:
+            owner.reshard()
 
 
 def _chosen(weight, bias, tokens, copy=False):

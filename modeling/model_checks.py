@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import threading
 import weakref
 
 import torch
@@ -13,6 +14,14 @@ TESTED = ("llama", "qwen2")
 
 _LINEAR = weakref.WeakKeyDictionary()
 _TRIED = weakref.WeakKeyDictionary()
+
+# Modules that are being searched, by how many threads, and their parts to put back into training mode.
+_EVALUATING = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+# Positions that nobody sees, between prompt and beams when a model is tried: attention that is local by place in the cache,
+# and not by position, shows there.
+UNSEEN = 512
 
 COMPATIBLE = "use `generate()` with a `SIDLogitsProcessor` and `sid_generation_config`"
 
@@ -47,6 +56,11 @@ def tree_cache(model):
         raise ValueError(
             f"The beams of a prompt are decoded as one tree, which needs full attention in every layer; this model's "
             f"cache has {kinds}. Disable its sliding window if it has one, or {COMPATIBLE}."
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(
+            f"The beams of a prompt are decoded as one tree, which needs full attention in every layer; this model has local "
+            f"ones. Instead, {COMPATIBLE}."
         )
     inner = innermost(model)
     if config.model_type in TESTED and type(inner).__module__.startswith("transformers."):
@@ -158,14 +172,23 @@ def _try_tree(model):
         )
         sees = mask[:, None].bool().expand(-1, 3, -1)
         oneself = torch.eye(3, dtype=torch.bool, device=device).expand(2, -1, -1)
+        as_mask = lambda sees: tree_mask(sees, model.dtype, config._attn_implementation)  # noqa: E731
         try:
+            unseen = torch.eye(UNSEEN, dtype=torch.bool, device=device).expand(2, -1, -1)
+            unseen = torch.cat([mask[:, None].bool().expand(-1, UNSEEN, -1), unseen], 2)
+            run(
+                input_ids=draw(2, UNSEEN),
+                attention_mask=as_mask(unseen),
+                position_ids=lengths.expand(-1, UNSEEN),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            sees = torch.cat([sees, sees.new_zeros(2, 3, UNSEEN)], 2)
             for level, tokens in enumerate((firsts, seconds)):
                 above = [] if level == 0 else [oneself[:, parents]]
                 tree = run(
                     input_ids=tokens,
-                    attention_mask=tree_mask(
-                        torch.cat([sees, *above, oneself], 2), model.dtype, config._attn_implementation
-                    ),
+                    attention_mask=as_mask(torch.cat([sees, *above, oneself], 2)),
                     position_ids=(lengths + level).expand(-1, 3),
                     past_key_values=cache,
                     use_cache=True,
@@ -188,16 +211,28 @@ def _try_tree(model):
 
 @contextlib.contextmanager
 def evaluating(module):
-    """Evaluation mode, restored part by part, since parts may have been frozen in it."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    """
+    Evaluation mode, restored part by part, since parts may have been frozen in it; where several threads run a module, when
+    the last of them is done.
+    """
+    with _LOCK:
+        count, training = _EVALUATING.get(module) or (0, [part for part in module.modules() if part.training])
+        _EVALUATING[module] = count + 1, training
+        if training and count == 0:
+            module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _LOCK:
+            count, training = _EVALUATING.pop(module)
+            if count > 1:
+                _EVALUATING[module] = count - 1, training
+            else:
+                for part in training:
+                    part.training = True
 
 
 def innermost(model):
-    """The model itself, within what `peft` puts around it."""
+    """The model itself, within what `torch.compile` and `peft` put around it."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

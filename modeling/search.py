@@ -52,8 +52,8 @@ def search(
             or one for each prompt. Their rows must be the catalog's. The default is built once for each version of the
             catalog and kept with the tokenizer.
         prefix_codes (`list[list[int]]`, *optional*):
-            For each prompt the first codes of the SID, in the order of its tokens, -1 for an absent layer. They are
-            taken as given: scores are conditional on them and do not include them.
+            For each prompt the first codes of the SID, in the order of its tokens, -1 for an absent layer before a code. They
+            are taken as given: scores are conditional on them and do not include them.
         normalize (`str`, *optional*, defaults to `"vocab"`):
             `"vocab"` for the softmax over the model's whole vocabulary, `"sid"` for the softmax over the SID tokens and
             the end token, for a model that was trained so (which [`SIDTrainer`] does not).
@@ -83,6 +83,9 @@ def search(
     _check_positive(top_k=top_k)
     num_beams = default_num_beams(top_k) if num_beams is None else num_beams
     _check_positive(num_beams=num_beams, max_memory=max_memory)
+    if normalize not in ("vocab", "sid"):
+        raise ValueError(f'`normalize` must be "vocab" or "sid", got {normalize!r}.')
+    check_tokenizer(tokenizer)
     text_config = model.config.get_text_config(decoder=True)
     if batch_size is not None:
         _check_positive(batch_size=batch_size)
@@ -92,7 +95,7 @@ def search(
         tries = [SIDTrie.from_tokenizer(tokenizer)]
     else:
         tries = trie if isinstance(trie, list) else [trie]
-    forest, roots = _forest(tries, model.device)
+    forest, roots = make_forest(tries, model.device)
     for one in tries:
         warn_if_stale(one, tokenizer)
 
@@ -141,6 +144,11 @@ def search(
         [[tokenizer.pad_token_id] * (longest - len(prompts[index])) + prompts[index] for index in order],
         dtype=torch.int64,
     ).view(len(prompts), longest)
+    if prompts and not 0 <= input_ids.min() <= input_ids.max() < text_config.vocab_size:
+        raise ValueError(
+            f"A prompt holds token {int(input_ids.max() if input_ids.min() >= 0 else input_ids.min())}, but the model has the "
+            f"tokens 0 to {text_config.vocab_size - 1}. Encode prompts with the tokenizer of the model."
+        )
     lengths = torch.tensor([len(prompts[index]) for index in order], dtype=torch.int64)
     attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     order = torch.tensor(order, dtype=torch.int64)
@@ -177,6 +185,19 @@ def search(
     return results
 
 
+def check_tokenizer(tokenizer) -> None:
+    """
+    Raises:
+        `TypeError`: if the tokenizer knows no catalog.
+    """
+    # Not by its class: one that came with its code from the Hub is none of ours.
+    if not hasattr(tokenizer, "sid_sequences"):
+        raise TypeError(
+            f"The tokenizer is a {type(tokenizer).__name__}, which knows no catalog of SIDs. Load the one that was saved with "
+            f"the model by `SIDTokenizer.from_pretrained`, or by `AutoTokenizer` with `trust_remote_code=True`."
+        )
+
+
 def check_codebook(model, tokenizer) -> None:
     """
     Raises:
@@ -199,14 +220,32 @@ def warn_if_stale(trie, tokenizer) -> None:
         )
 
 
-def _forest(tries, device) -> tuple[SIDTrie, torch.Tensor]:
-    """All tries as one, and the root of each."""
-    unique = list(dict.fromkeys(tries))
-    for one in unique:
-        if not isinstance(one, SIDTrie):
+def make_forest(tries, device) -> tuple[SIDTrie, torch.Tensor]:
+    """
+    Args:
+        tries (`list[SIDTrie]`): Tries, equal ones as often as they are wanted.
+        device (`torch.device`): Where to.
+
+    Returns:
+        `tuple[SIDTrie, torch.Tensor]`: all of them as one, each different one once, and the root of each of `tries`.
+
+    Raises:
+        `TypeError`: if one is no [`SIDTrie`].
+        `ValueError`: if one is stacked already.
+    """
+    for one in tries:
+        # Not by its class, for the same reason as the tokenizer's.
+        if not hasattr(one, "num_roots"):
             raise TypeError(f"`trie` must be a SIDTrie or a list of them, got {type(one).__name__}.")
-    forest = unique[0].to(device) if len(unique) == 1 else SIDTrie.stack([one.to(device) for one in unique])
-    return forest, torch.tensor([unique.index(one) for one in tries], dtype=torch.int64, device=device)
+        if one.num_roots > 1:
+            raise ValueError(
+                f"A stack of {one.num_roots} tries does not say which of them a prompt is to have: pass the list of tries, one "
+                f"for each prompt."
+            )
+    unique = list(dict.fromkeys(tries))
+    forest = unique[0].to(device) if len(unique) == 1 else type(unique[0]).stack([one.to(device) for one in unique])
+    number = {one: index for index, one in enumerate(unique)}
+    return forest, torch.tensor([number[one] for one in tries], dtype=torch.int64, device=device)
 
 
 def _expand(catalog, sid_rows, top_k, tries) -> tuple[np.ndarray, np.ndarray]:
@@ -252,9 +291,15 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
                 f"{num_truncated} of {len(inputs)} prompts left out the oldest of their history to fit {max_length} tokens."
             )
         return encoded["input_ids"]
-    if all(isinstance(prompt, list) and all(type(token) is int for token in prompt) for prompt in inputs):
-        return inputs
+    if all(
+        isinstance(prompt, list)
+        and all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt)
+        for prompt in inputs
+    ):
+        return [[int(token) for token in prompt] for prompt in inputs]
     kinds = sorted({type(prompt).__name__ for prompt in inputs})
+    if kinds == ["list"]:
+        kinds = sorted({f"list of {type(token).__name__}" for prompt in inputs for token in prompt})
     raise TypeError(f"`inputs` must hold only examples (dicts) or only lists of token ids, got a list of {kinds}.")
 
 
@@ -280,6 +325,18 @@ def _prefix_ids(tokenizer, prefix_codes, num_prompts: int) -> list[list[int]]:
             f"`prefix_codes` has {len(prefix_codes)} entries for {num_prompts} prompts: pass one list per prompt, empty "
             f"where nothing is given."
         )
+    for codes in prefix_codes:
+        if isinstance(codes, str) or not all(
+            isinstance(code, Integral) for code in (codes if codes is not None else "?")
+        ):
+            raise TypeError(
+                f"`prefix_codes` must hold a list of integers for each prompt, empty for none; got {codes!r}."
+            )
+        if len(codes) and codes[-1] < 0:
+            raise ValueError(
+                f"The prefix {list(codes)} ends with -1, but first tokens cannot say that the next layer is absent. Drop it: -1 is "
+                f"for layers before a code."
+            )
     return [list(tokenizer.prefix_token_ids(codes)) for codes in prefix_codes]
 
 

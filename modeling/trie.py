@@ -368,8 +368,18 @@ class SIDTrie:
         return trie
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """The ids of the tokens that SIDs are made of, ascending, whether or not an edge has them."""
+        return self._sorted_tokens
+
+    @property
     def device(self) -> torch.device:
         return self._indptr.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def to(self, device: torch.device | str) -> "SIDTrie":
         """

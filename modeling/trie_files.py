@@ -126,6 +126,8 @@ def find_damage(arrays, numbers):
     edge_type, shift = edge_layout(num_symbols)
     if len(edges) != num_edges or len(indptr) != starts[depth] + 1:
         return f"{len(edges)} edges and {len(indptr)} offsets do not make {num_nodes} nodes"
+    if num_edges > torch.iinfo(indptr.dtype).max:
+        return f"{num_edges} edges are too many for offsets of {indptr.dtype}"
     if len(leaf_rows) != len(short) + starts[-1] - starts[-2]:
         return f"{len(leaf_rows)} rows for {len(short) + starts[-1] - starts[-2]} leaves"
     version = numbers["catalog_version"]
@@ -161,9 +163,14 @@ def find_damage(arrays, numbers):
         piece = edges[max(start - 1, 0) : start + CHUNK]
         if piece.min() < -shift or piece.max() >= num_symbols - shift:
             return "an edge has a token that does not exist"
-        descends = start + 1 - (start > 0) + np.flatnonzero(piece[1:] <= piece[:-1])
-        at = np.searchsorted(indptr, descends)
-        if (indptr[at] != descends).any():
+        # Only the first child of a node may have a smaller symbol than the edge before.
+        first = max(start, 1)
+        # Of the type of the offsets, which would otherwise be converted, all of them.
+        ends = np.array([first, first + len(piece) - 1], dtype=indptr.dtype)
+        bounds = indptr[slice(*np.searchsorted(indptr, ends))]
+        falls = piece[1:] <= piece[:-1]
+        falls[bounds - first] = False
+        if falls.any():
             return "the children of a node do not ascend"
 
     # 5. rows

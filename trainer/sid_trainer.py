@@ -92,9 +92,14 @@ class SIDTrainer(Trainer):
             )
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
+        if getattr(model.config, "custom_pipelines", None):
+            # A pipeline's code lies beside the model that was loaded, not beside the one that will be saved.
+            model.config.custom_pipelines = {
+                task: entry for task, entry in model.config.custom_pipelines.items() if task != "sid-retrieval"
+            } or None
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
         self.max_prompt_length = _max_prompt_length(args, model, processing_class)
-        self._head = None
+        self._head, self._is_evaluating = None, False
         self._metric = None
 
         train_dataset = self._tokenize(train_dataset, "train", processing_class, args)
@@ -196,11 +201,11 @@ class SIDTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """As `Trainer.evaluation_loop`; the rows of the output layer are gathered or merged once for all batches."""
-        self._head = None
+        self._is_evaluating = True
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
-            self._head = None
+            self._head, self._is_evaluating = None, False
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -219,14 +224,16 @@ class SIDTrainer(Trainer):
         trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
         model = self.accelerator.unwrap_model(model)
         with self.compute_loss_context_manager():
-            if self._head is None:
-                self._head = OutputHead(
+            head = self._head
+            if head is None:
+                head = OutputHead(
                     model,
-                    trie.min_token_id,
-                    trie.max_token_id,
+                    trie.tokens,
                     self.args.eval_normalize,
                     self._normalizing_vocabulary(),
                 )
+                if self._is_evaluating:
+                    self._head = head
             sid_rows, _ = beam_search(
                 model,
                 prompts,
@@ -235,7 +242,7 @@ class SIDTrainer(Trainer):
                 num_beams=self.args.eval_num_beams or default_num_beams(top_k),
                 num_return=top_k,
                 max_memory=MAX_MEMORY,
-                head=self._head,
+                head=head,
             )
         products, _ = self.processing_class.catalog.expand_sids(sid_rows.cpu().numpy(), top_k)
         # Of one shape on every rank and in every batch, so that they can be gathered.

@@ -8,6 +8,7 @@ from rqsid.modeling import head as head_module
 from rqsid.modeling.head import OutputHead, read_rows
 
 FIRST, LAST, SIZE = 20, 43, 60
+TOKENS = torch.arange(FIRST, LAST + 1)
 VOCABULARY = torch.tensor([1, 20, 22, 23, 30, 43, 59])
 
 
@@ -31,7 +32,7 @@ def expected(model, input_ids, vocabulary):
 @torch.no_grad()
 def assert_scores(model, vocabulary, is_whole=False, atol=1e-5):
     input_ids = torch.arange(12).view(2, 6)
-    head = OutputHead(model, FIRST, LAST, "vocab" if vocabulary is None else "sid", vocabulary)
+    head = OutputHead(model, TOKENS, "vocab" if vocabulary is None else "sid", vocabulary)
     assert head.is_whole == is_whole
     truth = expected(model, input_ids, vocabulary)
     torch.testing.assert_close(head.log_probs(head(input_ids=input_ids)), truth, atol=atol, rtol=1e-5)
@@ -121,7 +122,7 @@ def test_siblings_do_not_tie_in_bf16():
     model = make_model(hidden_size=64).bfloat16()
     for parameter in (model.lm_head.weight,):
         parameter.data[FIRST : LAST + 1] = parameter.data[FIRST] + torch.randn(LAST - FIRST + 1, 64).bfloat16() * 0.002
-    head = OutputHead(model, FIRST, LAST)
+    head = OutputHead(model, TOKENS)
     input_ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         found = head.log_probs(head(input_ids=input_ids))[:, -1]
@@ -136,6 +137,6 @@ def test_siblings_do_not_tie_in_bf16():
 def test_bad_normalisation():
     model = make_model()
     with pytest.raises(ValueError, match="got 'sid' and no `vocabulary`"):
-        OutputHead(model, FIRST, LAST, "sid")
+        OutputHead(model, TOKENS, "sid")
     with pytest.raises(ValueError, match="got 'vocab' and a `vocabulary`"):
-        OutputHead(model, FIRST, LAST, "vocab", VOCABULARY)
+        OutputHead(model, TOKENS, "vocab", VOCABULARY)

@@ -61,6 +61,11 @@ def test_families_beside_the_tested_ones(model_type, config, attention):
         ("falcon", {"alibi": True}, "4-D mask FalconForCausalLM does not take"),
         ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "DynamicSlidingWindowLayer"),
         ("mamba", {}, "LinearAttentionLayer"),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4},
+            "has local ones",
+        ),
     ],
 )
 def test_models_that_cannot_are_refused(model_type, config, message):
@@ -97,6 +102,19 @@ def test_a_model_that_ignores_mask_or_positions_is_found_out(monkeypatch, attent
     for _ in range(2):
         with pytest.raises(ValueError, match="ignores the mask or the position ids"):
             assert_exact(model)
+
+
+def test_attention_that_is_local_by_place_in_the_cache_is_found_out():
+    model = make_model("gpt_neo", "eager", attention_types=[[["global", "local"], 1]], num_layers=2, num_heads=4)
+    del model.config.attention_layers
+    with pytest.raises(ValueError, match="ignores the mask or the position ids"):
+        model_checks._try_tree(model)
+
+
+def test_a_compiled_model_is_seen_through():
+    model = make_model("gpt_neox", "sdpa")
+    assert model_checks.innermost(torch.compile(model, backend="eager")) is model
+    assert_exact(torch.compile(model, backend="eager"))
 
 
 def test_a_model_is_tried_once(monkeypatch):

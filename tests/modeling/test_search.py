@@ -220,7 +220,8 @@ def test_prefix_codes_condition_the_search(setting, brute_force_scores):
     tokenizer, _, model, exact = setting
     codes = tokenizer.codes
     short = next(code for code in codes if code[1] == -1)
-    prefixes = [[codes[0][0]], [], list(codes[1][:2]), list(short), [short[0], -1]]
+    full = next(code for code in codes if code[1] >= 0)
+    prefixes = [[codes[0][0]], [], list(full[:2]), list(short), [short[0]]]
     results = search(model, tokenizer, PROMPTS, top_k=40, prefix_codes=prefixes)
     sizes = set()
     for row, (prefix, found) in enumerate(zip(prefixes, results, strict=True)):
@@ -243,6 +244,18 @@ def test_prefix_outside_the_trie(setting, make_tokenizer):
         search(model, tokenizer, PROMPTS[:2], prefix_codes=[[0, 1], [0, 2]])
     with pytest.raises(ValueError, match="1 entries for 2 prompts"):
         search(model, tokenizer, PROMPTS[:2], prefix_codes=[[0]])
+    with pytest.raises(ValueError, match=re.escape("prefix [1, -1] ends with -1")):
+        search(model, tokenizer, PROMPTS[:2], prefix_codes=[[0], [1, -1]])
+    for wrong in ([None, []], [["a"], []], ["ab", []], [[0.5], []]):
+        with pytest.raises(TypeError, match="must hold a list of integers for each prompt"):
+            search(model, tokenizer, PROMPTS[:2], prefix_codes=wrong)
+
+
+def test_prefixes_that_are_whole_sids(setting, make_tokenizer):
+    _, _, model, _ = setting
+    tokenizer = make_tokenizer(codes=[(0, 1, 2), (1, -1, 0)])
+    found = search(model, tokenizer, PROMPTS[:2], prefix_codes=[[0, 1, 2], [1, -1, 0]])
+    assert [[(hit["product_id"], hit["score"]) for hit in hits] for hits in found] == [[("p0", 0.0)], [("p1", 0.0)]]
 
 
 def test_forms_of_input(setting):
@@ -347,7 +360,9 @@ def test_bf16_scores_are_normalised_in_float32(setting, make_tokenizer):
         ("milk", TypeError, "got str"),
         (["milk"], TypeError, "got a list of ['str']"),
         ([{"query": "milk"}, [5]], TypeError, "got a list of ['dict', 'list']"),
-        ([[5.0]], TypeError, "lists of token ids"),
+        ([[5.0]], TypeError, "got a list of ['list of float']"),
+        ([[5, 400]], ValueError, "holds token 400"),
+        ([[5], [-1]], ValueError, "holds token -1"),
         ([[5], []], ValueError, "Prompt 1 is empty"),
         ([[5], [5] * 254], ValueError, "Prompt 1 has 254 tokens"),
         ({"input_ids": torch.tensor([[5]])}, ValueError, "`attention_mask`"),
@@ -376,13 +391,34 @@ def test_bad_inputs(setting, inputs, error, message):
         ({"top_k": True}, "`top_k` must be a positive integer, got True"),
         ({"num_beams": 2.0}, "`num_beams` must be a positive integer, got 2.0"),
         ({"batch_size": -1}, "`batch_size` must be a positive integer, got -1"),
-        ({"normalize": "children"}, "got 'children'"),
+        ({"normalize": "children"}, '`normalize` must be "vocab" or "sid", got \'children\''),
     ],
 )
 def test_bad_options(setting, options, message):
     tokenizer, _, model, _ = setting
     with pytest.raises(ValueError, match=re.escape(message)):
         search(model, tokenizer, PROMPTS, **options)
+
+
+def test_numpy_integers(setting):
+    tokenizer, _, model, _ = setting
+    options = {"top_k": 3, "num_beams": 20, "batch_size": 2, "max_memory": 2**24}
+    expected = search(model, tokenizer, PROMPTS, **options)
+    prompts = [list(np.array(prompt)) for prompt in PROMPTS]
+    assert search(model, tokenizer, prompts, **{name: np.int64(value) for name, value in options.items()}) == expected
+
+
+def test_tries_that_cannot_be_told_apart_or_are_none(setting):
+    tokenizer, trie, model, _ = setting
+    with pytest.raises(ValueError, match="A stack of 2 tries"):
+        search(model, tokenizer, PROMPTS, trie=SIDTrie.stack([trie, trie]))
+    with pytest.raises(ValueError, match="a list of 2 for 5 prompts"):
+        search(model, tokenizer, PROMPTS, trie=[trie, trie])
+    for wrong in ("stock", [{}] * 5):
+        with pytest.raises(TypeError, match="`trie` must be a SIDTrie or a list of them, got (str|dict)"):
+            search(model, tokenizer, PROMPTS, trie=wrong)
+    with pytest.raises(TypeError, match="knows no catalog"):
+        search(model, object(), PROMPTS)
 
 
 def test_longest_prompt_that_fits(setting):

@@ -53,7 +53,7 @@ else:
 local = sum(p.to_local().numel() if kind == "fsdp2" else p.ds_tensor.numel() for p in model.parameters())
 found = [search(model, *job, normalize, more) for job, more in zip(jobs, sizes) for normalize in options]
 # One head for all batches of an evaluation.
-head = OutputHead(model, trie.min_token_id, trie.max_token_id)
+head = OutputHead(model, trie.tokens)
 rows, scores = beam_search(model, input_ids, torch.ones_like(input_ids), trie, 20, 8, head=head)
 equal = [torch.equal(a[0], b[0]) and torch.allclose(a[1], b[1], atol=1e-4) for a, b in zip(found, expected)]
 equal.append(torch.equal(rows, expected[0][0]) and torch.allclose(scores, expected[0][1], atol=1e-4))

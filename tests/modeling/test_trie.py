@@ -377,8 +377,7 @@ def test_a_million_sids():
     codes = np.stack([keys >> 30, keys >> 20 & 1023, keys >> 10 & 1023, keys & 1023], axis=1).astype(np.int16)
     ids = [32_000 + 1024 * layer + np.arange(1024) for layer in range(4)]
     trie = SIDTrie.from_codes(codes, ids)
-    arrays = (trie._edges, trie._indptr, trie._leaf_rows, trie._short_leaves)
-    assert sum(array.nbytes for array in arrays) <= 16 * len(codes)
+    assert trie.nbytes <= 16 * len(codes)
     some = np.random.default_rng(1).integers(0, len(codes), 5000)
     paths = torch.from_numpy(codes[some].astype(np.int64) + 32_000 + 1024 * np.arange(4))
     assert (trie.sid_rows(trie.walk(paths)).numpy() == some).all()
