@@ -123,6 +123,10 @@ def sid_generate(
     >>> sequences = model.generate(**inputs, custom_generate=sid_generate, sid_tokenizer=tokenizer, top_k=10, beams=50)
     >>> tokenizer.decode_products(sequences[:, inputs["input_ids"].shape[1] :])
     ```
+
+    With a `trie` restricted to products, of which some share their SIDs with others, read the products with
+    `SIDLogitsProcessor(tokenizer, inputs["input_ids"].shape[1], trie=trie).decode_products(sequences)`, which knows the
+    restriction.
     """
     # 1. arguments
     tokenizer = _check_tokenizer(tokenizer if sid_tokenizer is None else sid_tokenizer)

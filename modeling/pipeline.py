@@ -10,6 +10,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .search import search
 from .trie import SIDTrie
+from .trie_checks import products_to_mask
 
 TASK = "sid-retrieval"
 
@@ -99,12 +100,30 @@ class SIDRetrievalPipeline(Pipeline):
         Raises:
             `TypeError`, `ValueError`: as [`search`], for instance if a history names a product that is not in the catalog.
         """
+        if hasattr(inputs, "to_dict") and hasattr(inputs, "columns"):
+            raise TypeError('A DataFrame would be read as the names of its columns. Pass `frame.to_dict("records")`.')
+        if isinstance(inputs, Mapping) and inputs and all(hasattr(value, "column_names") for value in inputs.values()):
+            raise TypeError(f"`inputs` holds the data sets {sorted(inputs)}: pass one of them.")
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
         if not isinstance(inputs, str | Mapping | Dataset) and isinstance(inputs, Iterable):
             # The base class knows torch's data sets and generators only, and would take a column for one example.
             inputs = (example for example in inputs)
         return super().__call__(inputs, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """
+        As `Pipeline.save_pretrained`: model, tokenizer, and the code of this pipeline. The model in memory is left as it was, so
+        that what it is saved to later, without the code, does not promise it.
+        """
+        config, held = self.model.config, getattr(self.model.config, "custom_pipelines", None)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            if held is None:
+                vars(config).pop("custom_pipelines", None)
+            else:
+                config.custom_pipelines = held
 
     def _sanitize_parameters(
         self, top_k=None, num_beams=None, trie=None, products=None, prefix_codes=None, normalize=None
@@ -130,7 +149,11 @@ class SIDRetrievalPipeline(Pipeline):
                 f"got {type(input_).__name__}."
             )
         example = {name: value for name, value in input_.items() if name not in EXAMPLE_OPTIONS}
-        return {"example": example} | {name: input_.get(name) for name in EXAMPLE_OPTIONS}
+        options = {name: input_.get(name) for name in EXAMPLE_OPTIONS}
+        if options["products"] is not None:
+            # The base class would look at each id of a list for a tensor to move.
+            options["products"] = products_to_mask(self.tokenizer.catalog, options["products"])
+        return {"example": example} | options
 
     def _forward(self, inputs, top_k=10, num_beams=None, trie=None, prefix_codes=None, normalize="vocab"):
         # Lists where a batch was collated; otherwise one example.
@@ -141,7 +164,13 @@ class SIDRetrievalPipeline(Pipeline):
         if any(own is not None for own in products):
             whole = SIDTrie.from_tokenizer(self.tokenizer)
             common = whole if trie is None else trie
-            trie = [common if own is None else whole.restrict(own) for own in products]
+            # Equal filters are made once, so that they share a trie.
+            keys = [None if own is None else own.tobytes() for own in products]
+            tries = {
+                key: common if key is None else whole.restrict(own)
+                for key, own in dict(zip(keys, products, strict=True)).items()
+            }
+            trie = [tries[key] for key in keys]
         if prefix_codes is not None or any(own is not None for own in prefixes):
             prefixes = [(prefix_codes or []) if own is None else own for own in prefixes]
         else:

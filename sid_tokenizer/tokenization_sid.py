@@ -382,7 +382,9 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 The tokens of one SID or several; end and padding tokens behind a SID are ignored.
 
         Returns:
-            `list[str]` or `list[list[str]]`: the products that share each SID, most popular first, without those withdrawn.
+            `list[str]` or `list[list[str]]`: the products that share each SID, most popular first, without those withdrawn; none
+            where there are only end and padding tokens, as [`sid_generate`] fills rows beyond the last SID. A filter is not known
+            here: where one was used, read with [`SIDLogitsProcessor.decode_products`].
 
         Raises:
             `ValueError`: if the tokens are no SID of the catalog.
@@ -396,13 +398,13 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             return self.decode_products([token_ids])[0]
         sid_rows = self.find_sids(token_ids)
         for row, ids in zip(sid_rows, token_ids, strict=True):
-            if row < 0:
+            if row < 0 and not (len(ids) and {*ids} <= {self.eos_token_id, self.pad_token_id}):
                 tokens = [self.convert_ids_to_tokens(int(i)) if 0 <= i < len(self) else int(i) for i in ids]
                 raise ValueError(
                     f"{tokens} is no SID of the catalog. Generate with SIDLogitsProcessor or search(), which give no "
                     "others."
                 )
-        return [self.catalog.product_ids(self.catalog.products_of(row)) for row in sid_rows]
+        return [self.catalog.product_ids(self.catalog.products_of(row)) if row >= 0 else [] for row in sid_rows]
 
     def find_sids(self, token_ids):
         """

@@ -41,7 +41,7 @@ def main():
         segments=script.segments,
         device=script.device,
         max_batch=limits.max_batch,
-        num_beams=script.num_beams or max(50, 5 * limits.max_top_k),
+        num_beams=max(50, 5 * limits.max_top_k) if script.num_beams is None else script.num_beams,
         normalize=script.normalize,
     )
     app = create_app(load, limits)

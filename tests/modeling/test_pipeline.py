@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
@@ -218,6 +218,38 @@ def test_a_saved_folder(retrieve, model, tokenizer, tmp_path):
     remote.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "pipeline.py").read_text() == (tmp_path / "saved" / "pipeline.py").read_text()
     assert json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"] == entry
+
+
+@on_one
+def test_a_model_in_memory_does_not_promise_code(retrieve, model, tokenizer, tmp_path):
+    retrieve.save_pretrained(tmp_path / "pipeline")
+    assert "custom_pipelines" in json.loads((tmp_path / "pipeline" / "config.json").read_text())
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    assert "custom_pipelines" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert_like_search(pipeline("sid-retrieval", model=str(tmp_path / "model"))("milk"), retrieve("milk"))
+
+
+@on_one
+def test_equal_filters_are_made_once(retrieve, tokenizer, monkeypatch):
+    made, original = [], SIDTrie.restrict
+    monkeypatch.setattr(SIDTrie, "restrict", lambda trie, products: made.append(1) or original(trie, products))
+    ids = tokenizer.catalog.product_ids(np.arange(6))
+    examples = [{"query": "milk", "products": some} for some in (ids[:3], ids[:3], ids[3:], ids[2::-1])]
+    found = retrieve(examples, batch_size=4)
+    assert len(made) == 2
+    for example, hits in zip(examples, found, strict=True):
+        assert {hit["product_id"] for hit in hits} == set(example["products"])
+
+
+@on_one
+def test_frames_and_several_data_sets_are_refused(retrieve):
+    frame = pytest.importorskip("pandas").DataFrame({"query": ["milk", "chips", "tea"]})
+    with pytest.raises(TypeError, match="to_dict"):
+        retrieve(frame)
+    data = Dataset.from_pandas(frame)
+    with pytest.raises(TypeError, match=r"holds the data sets \['test', 'train'\]"):
+        retrieve(DatasetDict(train=data, test=data))
 
 
 def test_importing_twice_is_silent(caplog, monkeypatch):

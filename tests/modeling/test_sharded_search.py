@@ -24,6 +24,12 @@ config = LlamaConfig(
     vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3
 )
 plain = LlamaForCausalLM(config).eval()
+if kind.endswith("lora"):
+    from peft import LoraConfig, get_peft_model
+    plain = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]))
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
 trie = SIDTrie(torch.cartesian_prod(torch.arange(20, 24), torch.arange(30, 34), torch.arange(40, 44))[::2])
 small = SIDTrie(torch.tensor([[20], [21]]))
 # Of rank 0 five prompts, decoded one by one; of rank 1 one prompt, or none, and a trie of another depth.
@@ -37,12 +43,13 @@ search = lambda model, ids, trie, normalize, more: beam_search(
     model, ids, torch.ones_like(ids), trie, 20, 8, *normalize, **more
 )
 expected = [search(plain, *job, normalize, {}) for job in jobs for normalize in options]
-if kind == "fsdp2":
+if kind.startswith("fsdp2"):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh("cpu", (2,))
     model = copy.deepcopy(plain)
-    for layer in model.model.layers:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in inner.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 else:
@@ -50,7 +57,7 @@ else:
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     engine = deepspeed.initialize(model=copy.deepcopy(plain), config=settings, dist_init_required=False)[0]
     model = engine.module.eval()
-local = sum(p.to_local().numel() if kind == "fsdp2" else p.ds_tensor.numel() for p in model.parameters())
+local = sum(p.to_local().numel() if kind.startswith("fsdp2") else p.ds_tensor.numel() for p in model.parameters())
 found = [search(model, *job, normalize, more) for job, more in zip(jobs, sizes) for normalize in options]
 # One head for all batches of an evaluation.
 head = OutputHead(model, trie.tokens)
@@ -65,10 +72,9 @@ dist.barrier()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2-lora", "zero3"])
 def test_sharded_search_is_plain_search(tmp_path, kind):
-    if kind == "zero3":
-        pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed" if kind == "zero3" else "peft")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(

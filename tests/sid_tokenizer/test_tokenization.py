@@ -75,7 +75,6 @@ def test_tokens_that_are_no_sid_are_refused(sid_tokenizer):
         "two": full + full,
         "with text": [text, *full],
         "after the end": [tokenizer.eos_token_id, *full],
-        "empty": [tokenizer.eos_token_id],
         "padding": [-1, *full],
         "label padding": [-100],
         "beyond": [*full, 10**9],
@@ -84,6 +83,11 @@ def test_tokens_that_are_no_sid_are_refused(sid_tokenizer):
         assert tokenizer.find_sids([ids]).tolist() == [-1], name
         with pytest.raises(ValueError, match="is no SID of the catalog"):
             tokenizer.decode_products(ids)
+    # A row without a SID, as searches fill where there are fewer than asked for; an empty one is none.
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert tokenizer.decode_products([[eos, pad, pad], full])[0] == [] and tokenizer.decode_products([[eos]]) == [[]]
+    with pytest.raises(ValueError, match="is no SID"):
+        tokenizer.decode_products([[], full])
     found = tokenizer.find_sids([full, outside, full[:1], full + [tokenizer.eos_token_id]])
     row = catalog.sid_rows(catalog.product_rows(tokenizer.decode_products(full)[:1]))[0]
     assert found.tolist() == [row, -1, -1, row]
