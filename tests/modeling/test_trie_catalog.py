@@ -104,6 +104,21 @@ def test_only_kept_products_of_a_shared_sid_are_listed(tokenizer):
     assert catalog.expand_sids(rows, 5, trie.product_mask)[0].tolist() == [[3, 14, 4, -1, -1]]
 
 
+@pytest.mark.parametrize("mode, lengths", [("share", (3, 3, 2, 2)), ("suffix", (4, 4, 2, 2))])
+def test_a_filter_that_keeps_only_short_sids(mode, lengths):
+    """The levels of the longer ones go, and what was a short leaf is one of the last level."""
+    codes = np.array([[0, 1, 0], [0, 1, 0 if mode == "suffix" else 1], [0, 0, 0], [1, 0, 1]])
+    pruning = TokenPruning("top_k", layer=1, top_k=1).fit(np.array([[0, 0, 0]]), [2, 2, 2])
+    catalog = ProductCatalog.build(["p0", "p1", "p2", "p3"], codes, [2, 2, 2], pruning, collisions=mode)
+    tokenizer = CatalogTokens(catalog)
+    assert tuple(catalog.lengths()[catalog.sid_rows(np.arange(4))]) == lengths
+    trie = SIDTrie.from_tokenizer(tokenizer).restrict(["p2", "p3"])
+    expected = tokenizer.sids(catalog.sid_rows([2, 3]))
+    check_trie(trie, expected)
+    check_levels(trie, expected)
+    assert trie.depth == 2 and len(trie._short_leaves) == 0 and len(trie._indptr) == 4
+
+
 def test_products_to_keep_must_be_ids_or_a_mask(tokenizer):
     trie = SIDTrie.from_tokenizer(tokenizer)
     for products, error, message in (
