@@ -127,7 +127,7 @@ def write_tables(result, methods):
 
     rows = []
     for entry in result["memory"]:
-        for name in methods:
+        for name in entry["methods"]:
             peak = entry["methods"][name] or {}
             ratio = memory_ratio(entry, name)
             rows.append(

@@ -45,8 +45,8 @@ def search(
         top_k (`int`, *optional*, defaults to 10):
             Number of products returned for each prompt. Fewer come back where the trie holds fewer.
         num_beams (`int`, *optional*, defaults to `max(50, 5 * top_k)`):
-            Number of unfinished SIDs kept at each level. Scores are exact at any width, but a narrow search misses
-            SIDs: on a model with known distribution 10, 20 and 50 beams found .59, .88 and 1.00 of the true top 10.
+            Number of unfinished SIDs kept at each level. Scores are exact at any width, but a narrow search misses SIDs:
+            `benchmarks/beams.py` has the recall curve. Under a filter that keeps few SIDs, double the default.
         trie ([`SIDTrie`] or `list[SIDTrie]`, *optional*, defaults to all SIDs of the tokenizer):
             The SIDs that may be returned, for instance those in stock: `SIDTrie.from_tokenizer(tokenizer).restrict(ids)`,
             or one for each prompt. Their rows must be the catalog's. The default is built once for each version of the
