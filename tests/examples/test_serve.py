@@ -18,13 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import uvicorn
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rqsid import ProductCatalog, PromptTemplate, SIDTokenizer, search
-
-pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
 
 FOLDER = Path(__file__).parents[2] / "examples" / "serve"
 MODULES = ("app", "batching", "engine", "gate", "metrics", "serve")

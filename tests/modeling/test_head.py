@@ -99,7 +99,8 @@ def test_a_hook_on_the_head_is_not_passed_over(vocabulary):
 def test_adapters_on_the_head_are_merged(tied, config, vocabulary):
     plain = make_model(tie_word_embeddings=tied)
     before = expected(plain, torch.arange(12).view(2, 6), vocabulary)
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = {"target_modules": ["q_proj"]} | config
     model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=4, **config))
     generator = torch.Generator().manual_seed(1)

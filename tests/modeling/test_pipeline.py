@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -243,7 +244,7 @@ def test_equal_filters_are_made_once(retrieve, tokenizer, monkeypatch):
 
 @on_one
 def test_frames_and_several_data_sets_are_refused(retrieve):
-    frame = pytest.importorskip("pandas").DataFrame({"query": ["milk", "chips", "tea"]})
+    frame = pandas.DataFrame({"query": ["milk", "chips", "tea"]})
     with pytest.raises(TypeError, match="to_dict"):
         retrieve(frame)
     data = Dataset.from_pandas(frame)
