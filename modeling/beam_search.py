@@ -297,6 +297,9 @@ def plan_memory(
     position = itemsize * (8 * hidden + 3 * intermediate) + 5 * length
     if config._attn_implementation == "eager":
         position += 2 * 4 * num_heads * length
+    if getattr(config, "position_embedding", None) == "alibi":
+        # A mask with each head's biases, as it is computed and in the model's type.
+        position += (8 + itemsize) * num_heads * length
     # Of a beam: the head's columns, and for every child token, node, score and what choosing among them takes.
     columns = config.vocab_size if head.is_whole else len(head.tokens)
     beam = 12 * columns + 64 * max((width for width, _ in levels), default=1)

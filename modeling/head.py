@@ -22,8 +22,8 @@ class OutputHead:
     Scores the SID tokens at given positions by log-softmax, over the vocabulary or over the SID tokens.
 
     The rows of the output layer are read once, when the head is made, whatever holds them: an ordinary linear layer is
-    used in place, shards are gathered (ZeRO-3, FSDP2), and any other linear map (LoRA, a normalised head) is merged by
-    applying it to the unit vectors. Make one head for an evaluation, not one for a batch, and a new one when weights have
+    used in place, shards are gathered (ZeRO-3, FSDP2), rows that the layer scales are scaled (Baichuan 2), and any other
+    linear map (LoRA) is merged by applying it to the unit vectors. Make one head for an evaluation, not one for a batch, and a new one when weights have
     changed. All ranks of a sharded model must make it together.
 
     Where the model's logits are more than a linear map of its last hidden states (a soft cap, a scale, a hook on the
@@ -213,15 +213,18 @@ def read_rows(model, tokens):
         return None, None
     tokens = None if tokens is None else tokens.to(head.weight.device) if hasattr(head, "weight") else tokens
     is_hooked = bool(head._forward_hooks or head._forward_pre_hooks) or "forward" in vars(head)
-    if type(head) is nn.Linear and hasattr(head.weight, "ds_id"):
+    # A head that scales its rows (Baichuan 2's) says how. Known by that, because its class travels with a model of its own.
+    scaled = getattr(head, "normalized", None)
+    is_plain = type(head) is nn.Linear or scaled is not None
+    if is_plain and hasattr(head.weight, "ds_id"):
         # By name, because an import statement would be a requirement of this file where it travels with a model.
         deepspeed = importlib.import_module("deepspeed")
         with deepspeed.zero.GatheredParameters([rows for rows in (head.weight, head.bias) if rows is not None]):
-            return _chosen(head.weight, head.bias, tokens, copy=True)
-    if type(head) is nn.Linear and isinstance(head.weight, DTensor):
-        return _chosen(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens)
-    if type(head) is nn.Linear and not is_hooked and type(head.weight) is nn.Parameter:
-        return _chosen(head.weight, head.bias, tokens)
+            return _chosen(head.weight, head.bias, tokens, scaled, copy=True)
+    if is_plain and isinstance(head.weight, DTensor):
+        return _chosen(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens, scaled)
+    if is_plain and not is_hooked and type(head.weight) is nn.Parameter:
+        return _chosen(head.weight, head.bias, tokens, scaled)
     # What an FSDP2 module holds is whole only within its own forward, unless asked for.
     owners = [
         part
@@ -237,11 +240,13 @@ def read_rows(model, tokens):
             owner.reshard()
 
 
-def _chosen(weight, bias, tokens, copy=False):
+def _chosen(weight, bias, tokens, scaled=None, copy=False):
     weight, bias = (None if rows is None else rows.detach() for rows in (weight, bias))
-    if tokens is None:
-        return [rows.clone() if copy and rows is not None else rows for rows in (weight, bias)]
-    return weight[tokens], None if bias is None else bias[tokens]
+    if tokens is not None:
+        weight, bias = weight[tokens], None if bias is None else bias[tokens]
+    elif copy and scaled is None:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return weight if scaled is None else scaled(weight), bias
 
 
 def _merged(model, head, tokens):

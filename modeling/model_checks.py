@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 # Of these families the tests compare tree decoding with plain forwards; others are tried before their first search.
-TESTED = ("llama", "qwen2")
+TESTED = ("llama", "qwen2", "baichuan")
+PACKAGES = ("transformers.", __name__.rpartition(".")[0] + ".")
 
 _LINEAR = weakref.WeakKeyDictionary()
 _TRIED = weakref.WeakKeyDictionary()
@@ -63,7 +64,7 @@ def tree_cache(model):
             f"ones. Instead, {COMPATIBLE}."
         )
     inner = innermost(model)
-    if config.model_type in TESTED and type(inner).__module__.startswith("transformers."):
+    if config.model_type in TESTED and type(inner).__module__.startswith(PACKAGES):
         return cache
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError(
@@ -105,7 +106,7 @@ def logits_are_linear(model):
     if inner not in _LINEAR:
         config = model.config.get_text_config(decoder=True)
         head = model.get_output_embeddings()
-        if config.model_type in TESTED and type(inner).__module__.startswith("transformers."):
+        if config.model_type in TESTED and type(inner).__module__.startswith(PACKAGES):
             _LINEAR[inner] = True
         elif head is None or not hasattr(model, "get_decoder"):
             _LINEAR[inner] = False

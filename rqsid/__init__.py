@@ -1,5 +1,7 @@
 from .evaluate_metrics import path as metric_path
 from .modeling import (
+    BaichuanConfig,
+    BaichuanForCausalLM,
     SIDLogitsProcessor,
     SIDRetrievalPipeline,
     SIDTrie,
@@ -35,6 +37,8 @@ from .trainer import SIDDataCollator, SIDTrainer, SIDTrainingArguments, tokenize
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "BaichuanConfig",
+    "BaichuanForCausalLM",
     "CollisionReport",
     "Diagnosis",
     "EmbeddingReader",
