@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -30,16 +30,25 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class UnpackProjections(Chunk):
-    """Queries', keys' and values' projections out of the one matrix, `W_pack`, that checkpoints have."""
+    """
+    The projections to queries, keys and values out of the one matrix, `W_pack`, that checkpoints have. Where the model is
+    sharded, each rank has read its share of that matrix, which holds other rows than its shares of the three.
+    """
 
     def convert(self, input_dict, source_patterns, target_patterns, full_layer_name=None, model=None, **kwargs):
-        if model is not None and isinstance(model.get_parameter(full_layer_name), DTensor):
-            raise ValueError(
-                "This checkpoint has queries, keys and values in one matrix (W_pack), of which sharded loading would cut the "
-                "wrong rows. Load it without tensor parallelism, save it with "
-                "model.save_pretrained(folder, save_original_format=False), and load that."
-            )
-        return super().convert(input_dict, source_patterns=source_patterns, target_patterns=target_patterns, **kwargs)
+        sharded = None if model is None else model.get_parameter(full_layer_name)
+        if isinstance(sharded, DTensor):
+            (fused,) = input_dict.values()
+            fused = fused[0] if isinstance(fused, list) else fused
+            mesh, placements = sharded.device_mesh, sharded.placements
+            rows, columns = len(target_patterns) * sharded.shape[0], sharded.shape[1]
+            whole = DTensor.from_local(fused, mesh, placements, shape=(rows, columns), stride=(columns, 1)).full_tensor()
+            input_dict = {source_patterns[0]: whole}
+        parts = super().convert(input_dict, source_patterns=source_patterns, target_patterns=target_patterns, **kwargs)
+        if isinstance(sharded, DTensor):
+            distribute = lambda part: distribute_tensor(part, mesh, placements, src_data_rank=None)  # noqa: E731
+            parts = {name: distribute(part).to_local() for name, part in parts.items()}
+        return parts
 
 
 register_checkpoint_conversion_mapping(
