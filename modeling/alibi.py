@@ -18,7 +18,7 @@ def alibi_slopes(num_heads, device=None):
     """
     power = 2 ** (num_heads.bit_length() - 1)
     steps = torch.arange(1, power + 1, dtype=torch.float32, device=device)
-    between = torch.arange(1, 2 * (num_heads - power), 2, dtype=torch.float32, device=device)
+    between = 1 + 2 * torch.arange(num_heads - power, dtype=torch.float32, device=device)
     return torch.exp2(-8 * torch.cat([steps / power, between / (2 * power)]))
 
 

@@ -18,6 +18,10 @@ from rqsid.trainer import tokenize_examples
 
 FAMILIES = "base_tokenizer, make_tiny_model"
 both_families = pytest.mark.parametrize(FAMILIES, [("llama", "llama"), ("qwen", "qwen")], indirect=True)
+all_families = pytest.mark.parametrize(
+    FAMILIES, [("llama", "llama"), ("qwen", "qwen"), ("llama", "baichuan")], indirect=True
+)
+qwen_and_baichuan = pytest.mark.parametrize(FAMILIES, [("qwen", "qwen"), ("llama", "baichuan")], indirect=True)
 llama = pytest.mark.parametrize(FAMILIES, [("llama", "llama")], indirect=True)
 qwen = pytest.mark.parametrize(FAMILIES, [("qwen", "qwen")], indirect=True)
 
@@ -43,7 +47,7 @@ def logged(trainer, key):
 # Loss
 
 
-@both_families
+@all_families
 def test_losses_equal_plain_full_sequence_cross_entropy(model, tokenizer, make_purchases, make_trainer):
     rows = make_purchases(8)
     assert len({len(ids) for ids in tokenizer.encode_prompts(rows)["input_ids"]}) > 2
@@ -131,7 +135,7 @@ def test_logits_are_computed_for_the_answer_only(model, tokenizer, make_purchase
 # Training
 
 
-@both_families
+@all_families
 def test_training_moves_every_parameter_and_learns(model, tokenizer, make_purchases, make_trainer):
     train, test = make_purchases(200), make_purchases(20, seed=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -210,7 +214,7 @@ def metrics_by_hand(results, rows, tokenizer, ks, ndcg_k):
     return metrics
 
 
-@both_families
+@all_families
 @pytest.mark.parametrize("normalize", ["vocab", "sid"])
 def test_metrics_equal_those_of_search(model, tokenizer, make_purchases, make_trainer, normalize):
     # Products of all kinds as targets, so that an untrained model ranks them at all places. The number of rows is no
@@ -321,7 +325,7 @@ print(json.dumps({"remade": remade, "results": search(model, tokenizer, json.loa
 
 
 @pytest.mark.slow
-@qwen  # whose folders transformers would open with a tokenizer class of its own
+@qwen_and_baichuan  # whose folders transformers would open with a tokenizer class of its own, or with code of theirs
 def test_a_saved_model_gives_the_same_products_in_a_fresh_process(
     model, tokenizer, make_purchases, make_trainer, tmp_path
 ):
@@ -343,7 +347,7 @@ def test_a_saved_model_gives_the_same_products_in_a_fresh_process(
         assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in entries], abs=1e-5)
 
 
-@both_families
+@all_families
 def test_resuming_from_a_checkpoint_repeats_an_uninterrupted_run(
     model, tokenizer, make_tiny_model, make_purchases, make_trainer, tmp_path
 ):
@@ -381,7 +385,7 @@ class ForgetEverything(TrainerCallback):
                 model.lm_head.weight.zero_()
 
 
-@qwen
+@qwen_and_baichuan
 def test_the_best_checkpoint_by_item_recall_is_loaded_at_the_end(model, make_purchases, make_trainer):
     trainer = make_trainer(
         model,
