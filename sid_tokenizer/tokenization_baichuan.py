@@ -54,9 +54,9 @@ class BaichuanTokenizer(PreTrainedTokenizerFast):
         pad_token (`str`, *optional*, defaults to `"<unk>"`):
             Padding token.
         add_bos_token (`bool`, *optional*):
-            Whether to put the begin token in front of every text. If not given, as saved, and otherwise not.
+            Whether to put the begin token in front of every text. As saved, or not, if neither this nor `add_eos_token` is given.
         add_eos_token (`bool`, *optional*):
-            Whether to put the end token behind every text. If not given, as saved, and otherwise not.
+            Whether to put the end token behind every text. As saved, or not, if neither this nor `add_bos_token` is given.
         sp_model_kwargs (`dict`, *optional*):
             Must be empty: a fast tokenizer does not sample.
         chat_template (`str`, *optional*):
@@ -122,9 +122,8 @@ class BaichuanTokenizer(PreTrainedTokenizerFast):
             self.chat_template = CHAT_TEMPLATE
         # transformers saves these two in the post-processor only.
         around = self._tokenizer.encode("").ids
-        if add_bos_token is None:
+        if add_bos_token is None and add_eos_token is None:
             self._add_bos_token = self.bos_token_id is not None and around[:1] == [self.bos_token_id]
-        if add_eos_token is None:
             self._add_eos_token = self.eos_token_id is not None and around[-1:] == [self.eos_token_id]
 
     @classmethod

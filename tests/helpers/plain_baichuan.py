@@ -124,3 +124,32 @@ def random_weights(seed, vocab_size, hidden_size, intermediate_size, num_layers,
     lengths = 4 ** (2 * torch.rand(vocab_size, 1, generator=generator) - 1)
     weights["lm_head.weight"] = normal(vocab_size, hidden_size, std=0.5 / math.sqrt(hidden_size)) * lengths
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def split_weights(weights):
+    """The same under the names of the model: queries, keys and values are the thirds of `W_pack`."""
+    split = {}
+    for name, tensor in weights.items():
+        if name.endswith("W_pack.weight"):
+            size = tensor.shape[1]
+            for at, part in enumerate("qkv"):
+                split[name.replace("W_pack", f"{part}_proj")] = tensor[at * size : (at + 1) * size]
+        else:
+            split[name] = tensor
+    return split
+
+
+def random_rows(seed, *lengths, vocab_size=60):
+    """Lists of token ids from 3 on."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def pad_rows(rows, side):
+    """Token ids with 0 as padding, mask and position ids `[rows, tokens]`."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros((2, len(rows), longest), dtype=torch.int64)
+    for at, row in enumerate(rows):
+        columns = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[at, columns], mask[at, columns] = torch.tensor(row), 1
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)

@@ -25,6 +25,33 @@ BAICHUAN_SETTINGS = {
 # The two that mark the turns of a chat have their true ids, 195 and 196.
 BAICHUAN_SYMBOLS = [f"<filler_{i}>" for i in range(86)] + [f"<reserved_{i}>" for i in range(110)]
 
+# As published with the 7B models.
+CONFIG = {
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_baichuan.BaichuanConfig",
+        "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_max_length": 4096,
+    "model_type": "baichuan",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 125696,
+    "z_loss_weight": 0,
+}
+
 
 def corpus(num_lines=400, seed=0):
     """Product titles in English and Chinese, numbers, and code with runs of spaces."""
@@ -96,9 +123,9 @@ def write_baichuan_folder(folder, model=None, remote_code=None, **config):
         model (`bytes`, *optional*):
             The sentencepiece model, one of [`train_baichuan`] if not given.
         remote_code (`str`, *optional*):
-            What `tokenization_baichuan.py` holds; no such file if not given.
+            What `tokenization_baichuan.py` and `configuration_baichuan.py` hold; no such files if not given.
         config (`dict`):
-            More entries of `config.json`.
+            Entries of `config.json` that differ from the 7B model's.
     """
 
     def added(content):
@@ -106,7 +133,7 @@ def write_baichuan_folder(folder, model=None, remote_code=None, **config):
         return {"__type": "AddedToken", "content": content, **flags}
 
     files = {
-        "config.json": {"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], **config},
+        "config.json": {**CONFIG, **config},
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "user_token_id": 195, "assistant_token_id": 196},
         "tokenizer_config.json": {
             "add_bos_token": False,
@@ -128,5 +155,6 @@ def write_baichuan_folder(folder, model=None, remote_code=None, **config):
     with open(os.path.join(folder, "tokenizer.model"), "wb") as file:
         file.write(train_baichuan() if model is None else model)
     if remote_code is not None:
-        with open(os.path.join(folder, "tokenization_baichuan.py"), "w", encoding="utf-8") as file:
-            file.write(remote_code)
+        for name in ("tokenization_baichuan.py", "configuration_baichuan.py"):
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+                file.write(remote_code)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from baichuan_checkpoints import KINDS, published_config, write_checkpoint, write_weights
 from datasets import Dataset
-from plain_baichuan import plain_logits
+from plain_baichuan import plain_logits, split_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -17,19 +17,6 @@ from rqsid import BaichuanConfig, BaichuanForCausalLM
 
 LAYOUTS = [("safetensors", 2), ("safetensors", 1), ("bin", 2), ("bin", 1)]
 IDS = [5, 199, 17, 3, 80, 120, 239]
-
-
-def split_weights(weights):
-    """Under the names that the model has: queries, keys and values are the thirds of W_pack."""
-    split = {}
-    for name, tensor in weights.items():
-        if name.endswith("W_pack.weight"):
-            size = tensor.shape[1]
-            for at, part in enumerate("qkv"):
-                split[name.replace("W_pack", f"{part}_proj")] = tensor[at * size : (at + 1) * size]
-        else:
-            split[name] = tensor
-    return split
 
 
 def assert_same(tensors, others):

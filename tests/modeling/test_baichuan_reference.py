@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plain_baichuan import alibi_slopes, attend, plain_logits, random_weights
+from plain_baichuan import alibi_slopes, attend, pad_rows, plain_logits, random_rows, random_weights, split_weights
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
@@ -28,18 +28,6 @@ CLOSE = {"atol": 1e-5, "rtol": 0, "check_dtype": False}
 @functools.cache
 def weights_of(num_heads):
     return random_weights(num_heads, VOCABULARY, 8 * num_heads, 72, 2)
-
-
-def split_weights(weights):
-    """Under the names that the model has."""
-    split = {}
-    for name, tensor in weights.items():
-        if name.endswith("W_pack.weight"):
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                split[name.replace("W_pack", f"{part}_proj")] = rows
-        else:
-            split[name] = tensor
-    return split
 
 
 @functools.cache
@@ -72,25 +60,6 @@ def case(request):
     model = make_model(position, attention, num_heads)
     assert model.config._attn_implementation == attention
     return SimpleNamespace(model=model, truth=truth, position=position, attention=attention, num_heads=num_heads)
-
-
-def draw(seed, *lengths):
-    """Lists of token ids."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-
-
-def pad(rows, side, longest=None):
-    """Ids, mask and position ids `[rows, longest]`."""
-    longest = longest or max(map(len, rows))
-    ids, mask = (
-        torch.zeros((len(rows), longest), dtype=torch.int64),
-        torch.zeros((len(rows), longest), dtype=torch.int64),
-    )
-    for at, row in enumerate(rows):
-        columns = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        ids[at, columns], mask[at, columns] = torch.tensor(row), 1
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def mask_of(sees, form):
@@ -151,7 +120,7 @@ def test_rotated_without_norm_head_the_reference_is_llama(positions):
     )
     llama = LlamaForCausalLM(config).eval().double()
     llama.load_state_dict(split_weights(weights_of(6)))
-    (row,) = draw(0, 7)
+    (row,) = random_rows(0, 7)
     at = None if positions is None else torch.tensor([positions])
     with torch.no_grad():
         logits = llama(torch.tensor([row]), position_ids=at, attention_mask=torch.ones(1, 7)).logits[0]
@@ -162,7 +131,7 @@ def test_rotated_without_norm_head_the_reference_is_llama(positions):
 @pytest.mark.parametrize("position, other", [("rope", "alibi"), ("alibi", "rope")])
 @pytest.mark.parametrize("num_heads", [8, 6])
 def test_positions_and_norm_head_matter(position, other, num_heads):
-    (row,) = draw(1, 14)
+    (row,) = random_rows(1, 14)
     truth = plain(position, num_heads, tuple(row))
     assert truth.std() > 0.5
     assert largest_difference(truth[1:], plain(None, num_heads, tuple(row))[1:]) > 0.3
@@ -178,7 +147,7 @@ def test_positions_and_norm_head_matter(position, other, num_heads):
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 14])
 def test_whole_sequences(case, length):
-    rows = draw(length, length, length)
+    rows = random_rows(length, length, length)
     logits = case.model(torch.tensor(rows)).logits
     assert logits.dtype == torch.float32 and logits.shape == (2, length, VOCABULARY)
     torch.testing.assert_close(logits, torch.stack([case.truth(row) for row in rows]), **CLOSE)
@@ -187,7 +156,7 @@ def test_whole_sequences(case, length):
 @torch.no_grad()
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_numbers_of_the_config_are_used(position):
-    (row,) = draw(2, 9)
+    (row,) = random_rows(2, 9)
     ids = torch.tensor([row])
     model = make_model(position, "sdpa", 6, rms_norm_eps=0.05)
     truth = plain(position, 6, tuple(row), eps=0.05)
@@ -200,8 +169,23 @@ def test_numbers_of_the_config_are_used(position):
 
 
 @torch.no_grad()
+def test_what_is_seen_inside(case):
+    (row,) = random_rows(2, 9)
+    out = case.model(torch.tensor([row]), output_hidden_states=True, output_attentions=case.attention == "eager")
+    assert [states.shape for states in out.hidden_states] == [(1, 9, 8 * case.num_heads)] * 3
+    torch.testing.assert_close(case.model.get_output_embeddings()(out.hidden_states[-1])[0], case.truth(row), **CLOSE)
+    if case.attention == "eager":
+        assert len(out.attentions) == 2
+        for weights in out.attentions:
+            assert weights.shape == (1, case.num_heads, 9, 9) and (weights.triu(1) == 0).all()
+            torch.testing.assert_close(weights.sum(-1), torch.ones(1, case.num_heads, 9))
+            # Far from uniform, without which nothing here would show much.
+            assert weights[0, :, -1].amax() > 0.5
+
+
+@torch.no_grad()
 def test_embeddings_in_and_a_part_of_the_logits_out(case):
-    (row,) = draw(3, 9)
+    (row,) = random_rows(3, 9)
     ids, truth = torch.tensor([row]), case.truth(row)
     logits = case.model(inputs_embeds=case.model.get_input_embeddings()(ids)).logits[0]
     torch.testing.assert_close(logits, truth, **CLOSE)
@@ -212,14 +196,16 @@ def test_embeddings_in_and_a_part_of_the_logits_out(case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 4, 2]])
-@pytest.mark.parametrize("cache", [None, "dynamic", "static"])
-def test_cached_in_chunks(case, chunks, cache):
-    rows = draw(4, 12, 12)
+@pytest.mark.parametrize("kind", ["none", "bare", "dynamic", "static"])
+def test_cached_in_chunks(case, chunks, kind):
+    rows = random_rows(4, 12, 12)
     truth = torch.stack([case.truth(row) for row in rows])
-    if cache is not None:
-        kind = {"dynamic": lambda: DynamicCache(config=case.model.config)}
-        kind["static"] = lambda: StaticCache(config=case.model.config, max_cache_len=16)
-        cache = kind[cache]()
+    cache = {
+        "none": lambda: None,
+        "bare": DynamicCache,
+        "dynamic": lambda: DynamicCache(config=case.model.config),
+        "static": lambda: StaticCache(config=case.model.config, max_cache_len=16),
+    }[kind]()
     start = 0
     for size in chunks:
         out = case.model(torch.tensor(rows)[:, start : start + size], past_key_values=cache, use_cache=True)
@@ -233,8 +219,8 @@ def test_cached_in_chunks(case, chunks, cache):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("give_positions", [False, True])
 def test_padded_batches(case, side, give_positions):
-    rows = draw(5, 9, 3, 12, 1)
-    ids, mask, positions = pad(rows, side)
+    rows = random_rows(5, 9, 3, 12, 1)
+    ids, mask, positions = pad_rows(rows, side)
     out = case.model(ids, attention_mask=mask, position_ids=positions if give_positions else None)
     for at, row in enumerate(rows):
         torch.testing.assert_close(out.logits[at][mask[at].bool()], case.truth(row), **CLOSE)
@@ -248,8 +234,8 @@ def test_padded_batches(case, side, give_positions):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_padded_prompts_go_on_in_the_cache(case, side, kind):
-    rows, further = draw(6, 6, 2, 9), draw(7, 4, 4, 4)
-    ids, mask, positions = pad(rows, side)
+    rows, further = random_rows(6, 6, 2, 9), random_rows(7, 4, 4, 4)
+    ids, mask, positions = pad_rows(rows, side)
     make = {"dynamic": DynamicCache, "static": functools.partial(StaticCache, max_cache_len=20)}[kind]
     cache = make(config=case.model.config)
     case.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -273,8 +259,8 @@ def test_padded_prompts_go_on_in_the_cache(case, side, kind):
 
 @torch.no_grad()
 def test_left_padding_in_chunks(case):
-    rows = draw(8, 10, 3, 6)
-    ids, mask, positions = pad(rows, "left")
+    rows = random_rows(8, 10, 3, 6)
+    ids, mask, positions = pad_rows(rows, "left")
     cache, logits = DynamicCache(config=case.model.config), []
     # The first chunk of the second row is nothing but padding.
     for start, end in ((0, 4), (4, 9), (9, 10)):
@@ -289,7 +275,7 @@ def test_left_padding_in_chunks(case):
 @pytest.mark.parametrize("positions", [range(60, 70), [0, 1, 2, 3, 9, 10, 11, 40, 41, 300]])
 def test_positions_with_offsets_and_gaps(case, positions):
     positions = list(positions)
-    rows = draw(9, 10, 10)
+    rows = random_rows(9, 10, 10)
     ids, at = torch.tensor(rows), torch.tensor([positions])
     truth = torch.stack([case.truth(row, positions) for row in rows])
     plainly = torch.stack([case.truth(row) for row in rows])
@@ -307,7 +293,7 @@ def test_positions_with_offsets_and_gaps(case, positions):
 
 @torch.no_grad()
 def test_positions_that_differ_by_row(case):
-    rows = draw(10, 8, 8)
+    rows = random_rows(10, 8, 8)
     positions = [list(range(50, 58)), [0, 1, 5, 6, 7, 20, 21, 22]]
     ids = torch.tensor(rows)
     cache = DynamicCache(config=case.model.config)
@@ -326,10 +312,10 @@ def forms(attention):
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(7, 7), (7, 3)])
 def test_a_tree_on_a_cached_prefix(case, lengths):
-    prompts = draw(11, *lengths)
-    beams, leaves = draw(12, 2, 2), draw(13, 3, 3)
+    prompts = random_rows(11, *lengths)
+    beams, leaves = random_rows(12, 2, 2), random_rows(13, 3, 3)
     parents = [1, 0, 1]
-    ids, mask, positions = pad(prompts, "left")
+    ids, mask, positions = pad_rows(prompts, "left")
     lengths = mask.sum(1, keepdim=True)
     for form in forms(case.attention):
         cache = DynamicCache(config=case.model.config)
@@ -361,7 +347,7 @@ def test_a_tree_on_a_cached_prefix(case, lengths):
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_tree_in_one_pass(case, use_cache):
-    (prompt,), (nodes,) = draw(14, 5), draw(15, 5)
+    (prompt,), (nodes,) = random_rows(14, 5), random_rows(15, 5)
     parents = [-1, -1, 0, 1, 1]
     paths = [[node] if parent < 0 else [parent, node] for node, parent in enumerate(parents)]
     sees = torch.zeros((1, 10, 10), dtype=torch.bool)
@@ -382,7 +368,7 @@ def test_a_tree_in_one_pass(case, use_cache):
 
 @torch.no_grad()
 def test_packed_sequences(case):
-    rows = draw(16, 5, 1, 7)
+    rows = random_rows(16, 5, 1, 7)
     positions = torch.tensor([[at for row in rows for at in range(len(row))]])
     ids = torch.tensor([sum(rows, [])])
     logits = case.model(ids, position_ids=positions, use_cache=False).logits[0]
@@ -391,8 +377,8 @@ def test_packed_sequences(case):
 
 @torch.no_grad()
 def test_a_cache_reordered_repeated_selected_and_cropped(case):
-    rows, (last,) = draw(17, 8, 3, 5), draw(18, 4)
-    ids, mask, positions = pad(rows, "left")
+    rows, (last,) = random_rows(17, 8, 3, 5), random_rows(18, 4)
+    ids, mask, positions = pad_rows(rows, "left")
     cache = DynamicCache(config=case.model.config)
     case.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
 
@@ -443,25 +429,28 @@ def plain_beams(truth, prompt, steps, num_beams):
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_greedy_generation(case, options):
-    prompts = draw(19, 7, 3)
-    ids, mask, _ = pad(prompts, "left")
+    prompts = random_rows(19, 7, 3)
+    ids, mask, _ = pad_rows(prompts, "left")
     options = {"do_sample": False, "max_new_tokens": 5, "disable_compile": True} | options
     out = case.model.generate(ids, attention_mask=mask, **options)
     assert out[:, 7:].tolist() == [plain_greedy(case.truth, prompt, 5) for prompt in prompts]
 
 
 def test_generation_with_a_prompt_lookup(case):
-    (prompt,) = draw(20, 6)
+    (prompt,) = random_rows(20, 6)
     prompt = prompt + prompt
     ids = torch.tensor([prompt])
     out = case.model.generate(ids, do_sample=False, max_new_tokens=5, prompt_lookup_num_tokens=3)
     assert out[0, 12:].tolist() == plain_greedy(case.truth, prompt, 5)
 
 
-def test_beam_generation(case):
-    prompts = draw(21, 6, 2)
-    ids, mask, _ = pad(prompts, "left")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beam_generation(case, cache):
+    prompts = random_rows(21, 6, 2)
+    ids, mask, _ = pad_rows(prompts, "left")
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 3, "do_sample": False}
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
     out = case.model.generate(ids, attention_mask=mask, **options)
     assert out[:, 6:].tolist() == sum([plain_beams(case.truth, prompt, 3, 3) for prompt in prompts], [])
 
@@ -480,7 +469,7 @@ def gradients_of_the_reference(case, row):
 
 
 def backward(model, rows, **inputs):
-    ids, mask, positions = pad(rows, "right")
+    ids, mask, positions = pad_rows(rows, "right")
     labels = ids.masked_fill(mask == 0, -100)
     out = model(ids, attention_mask=mask, labels=labels, use_cache=False, **inputs)
     out.loss.backward()
@@ -488,7 +477,7 @@ def backward(model, rows, **inputs):
 
 
 def test_loss_and_gradients(case):
-    (row,) = draw(22, 9)
+    (row,) = random_rows(22, 9)
     model = copy.deepcopy(case.model).train()
     loss, gradients = backward(model, [row])
     true_loss, true_gradients = gradients_of_the_reference(case, row)
@@ -503,7 +492,7 @@ def test_loss_and_gradients(case):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(case, use_reentrant):
-    rows = draw(23, 9, 4)
+    rows = random_rows(23, 9, 4)
     model = copy.deepcopy(case.model).train()
     loss, gradients = backward(model, rows)
     other = copy.deepcopy(case.model).train()
@@ -523,7 +512,7 @@ def test_gradient_checkpointing(case, use_reentrant):
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_the_head_is_normalised_as_it_is_now(position):
     # Published code normalised once for inference, and then did not notice what training changed.
-    (row,) = draw(24, 6)
+    (row,) = random_rows(24, 6)
     model = copy.deepcopy(make_model(position, "sdpa", 8))
     ids, head = torch.tensor([row]), model.get_output_embeddings()
     before = model(ids).logits
@@ -545,11 +534,11 @@ def test_the_head_is_normalised_as_it_is_now(position):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0, 3000])
 def test_half_precision(case, dtype, offset):
-    rows = draw(25, 12, 2, 7)
+    rows = random_rows(25, 12, 2, 7)
     # Positions beyond 256 are no longer distinct in bfloat16, so that nobody may compute with them in it.
     model = copy.deepcopy(case.model).to(dtype)
     for side in ("left", "right"):
-        ids, mask, positions = pad(rows, side)
+        ids, mask, positions = pad_rows(rows, side)
         logits = model(ids, attention_mask=mask, position_ids=positions + offset).logits
         for at, row in enumerate(rows):
             own = logits[at][mask[at].bool()]
@@ -561,9 +550,9 @@ def test_half_precision(case, dtype, offset):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_see_nothing_give_no_nan(case, dtype):
-    rows = draw(26, 6, 1)
+    rows = random_rows(26, 6, 1)
     model = copy.deepcopy(case.model).to(dtype)
-    ids, mask, positions = pad(rows, "left")
+    ids, mask, positions = pad_rows(rows, "left")
     mask[1] = 0
     out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
     assert out.logits.isfinite().all()
@@ -575,9 +564,9 @@ def test_rows_that_see_nothing_give_no_nan(case, dtype):
 
 
 def test_autocast(case):
-    rows = draw(27, 9, 4)
+    rows = random_rows(27, 9, 4)
     model = copy.deepcopy(case.model).train()
-    ids, mask, positions = pad(rows, "left")
+    ids, mask, positions = pad_rows(rows, "left")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(ids, attention_mask=mask, position_ids=positions, labels=ids.masked_fill(mask == 0, -100))
     for at, row in enumerate(rows):
@@ -590,7 +579,7 @@ def test_autocast(case):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_long_sequences(position, attention):
-    (row,) = draw(28, 300)
+    (row,) = random_rows(28, 300)
     truth = plain(position, 6, tuple(row))
     model = make_model(position, attention, 6)
     ids = torch.tensor([row])
