@@ -51,21 +51,16 @@ def alibi_mask(mask, position_ids, key_positions, num_heads, dtype):
     return (bias + mask).clamp_min_(smallest).to(dtype)
 
 
-def remember_positions(cache, position_ids, num_layers):
+def prepare_cache(cache, num_layers):
     """
-    Keeps the positions of cached keys as the keys of one more layer of the cache, so that they are reordered, repeated, cropped
-    and reset with it.
+    Gives a cache one more layer, whose keys are the positions of the other layers' keys, so that positions are reordered,
+    repeated, cropped and reset with it.
 
     Args:
         cache ([`~transformers.Cache`]):
             The model's cache, before its layers are updated.
-        position_ids (`torch.Tensor` of shape `(B, Q)`):
-            Positions of the new keys.
         num_layers (`int`):
-            How many layers the model has.
-
-    Returns:
-        `torch.Tensor`: positions of all keys. Shape: (B, K).
+            How many layers the model has; the index of the additional one.
 
     Raises:
         `ValueError`: if the cache was filled without positions.
@@ -77,11 +72,28 @@ def remember_positions(cache, position_ids, num_layers):
             cache.layers.append(StaticLayer(cache.layers[0].max_cache_len))
         else:
             cache.layers.append(DynamicLayer())
-    layer = cache.layers[num_layers]
-    if isinstance(layer, DynamicLayer) and layer.get_seq_length() != cache.get_seq_length():
-        raise ValueError(
-            f"The cache holds {cache.get_seq_length()} tokens, and the positions of {layer.get_seq_length()}. A model with ALiBi "
-            "keeps positions as one more layer of its cache: pass the cache on with all its layers, or start with an empty one."
+    *layers, positions = cache.layers[: num_layers + 1]
+    if isinstance(positions, DynamicLayer):
+        found, length = (
+            {layer.get_seq_length() for layer in layers if layer.is_initialized},
+            positions.get_seq_length(),
         )
+        if found - {length}:
+            raise ValueError(
+                f"The cache holds {max(found)} tokens, and the positions of {length}. A model with ALiBi keeps positions as one "
+                "more layer of its cache: pass the cache on with all its layers, or start with an empty one."
+            )
+
+
+def remember_positions(cache, position_ids, num_layers):
+    """
+    Args:
+        cache ([`~transformers.Cache`]): A cache that [`prepare_cache`] has seen.
+        position_ids (`torch.Tensor` of shape `(B, Q)`): Positions of the new keys.
+        num_layers (`int`): How many layers the model has.
+
+    Returns:
+        `torch.Tensor`: positions of all keys. Shape: (B, K).
+    """
     positions = position_ids[:, None, :, None]
-    return layer.update(positions, positions)[0][:, 0, :, 0]
+    return cache.layers[num_layers].update(positions, positions)[0][:, 0, :, 0]

@@ -1,5 +1,6 @@
 """The configuration of Baichuan and Baichuan 2, read from their own `config.json`."""
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.utils import logging
 
@@ -8,6 +9,7 @@ logger = logging.get_logger(__name__)
 POSITION_EMBEDDINGS = ("rope", "alibi")
 
 
+@strict
 class BaichuanConfig(LlamaConfig):
     r"""
     The configuration of a [`BaichuanForCausalLM`]: Llama's fields and those in which the architecture differs from it.
@@ -75,6 +77,17 @@ class BaichuanConfig(LlamaConfig):
         if self.position_embedding == "alibi":
             # Where a rotation is described, one would be looked for.
             self.rope_parameters = None
+        if self.position_embedding not in POSITION_EMBEDDINGS:
+            raise ValueError(
+                f'position_embedding={self.position_embedding!r} is unknown: it must be "rope" or "alibi".'
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} and num_attention_heads={self.num_attention_heads}: Baichuan's "
+                f"queries, keys and values have as many heads each. Leave num_key_value_heads out."
+            )
+        if self.attention_bias or self.mlp_bias:
+            raise ValueError("Baichuan's layers have no biases: attention_bias and mlp_bias must be False.")
 
     def _inferred_position_embedding(self):
         if self.max_position_embeddings is None and self.model_max_length is not None:
@@ -88,18 +101,3 @@ class BaichuanConfig(LlamaConfig):
                 f'position_embedding="rope" or "alibi" (the published 7B models have "rope", the 13B models "alibi").'
             )
         return found
-
-    def validate_architecture(self):
-        """Part of the checks that a configuration runs on itself."""
-        super().validate_architecture()
-        if self.position_embedding not in POSITION_EMBEDDINGS:
-            raise ValueError(
-                f'position_embedding={self.position_embedding!r} is unknown: it must be "rope" or "alibi".'
-            )
-        if self.num_key_value_heads != self.num_attention_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} and num_attention_heads={self.num_attention_heads}: Baichuan's "
-                f"queries, keys and values have as many heads each. Leave num_key_value_heads out."
-            )
-        if self.attention_bias or self.mlp_bias:
-            raise ValueError("Baichuan's layers have no biases: attention_bias and mlp_bias must be False.")

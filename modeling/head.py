@@ -222,7 +222,9 @@ def read_rows(model, tokens):
         with deepspeed.zero.GatheredParameters([rows for rows in (head.weight, head.bias) if rows is not None]):
             return _chosen(head.weight, head.bias, tokens, scaled, copy=True)
     if is_plain and isinstance(head.weight, DTensor):
-        return _chosen(head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens, scaled)
+        return _chosen(
+            head.weight.full_tensor(), None if head.bias is None else head.bias.full_tensor(), tokens, scaled
+        )
     if is_plain and not is_hooked and type(head.weight) is nn.Parameter:
         return _chosen(head.weight, head.bias, tokens, scaled)
     # What an FSDP2 module holds is whole only within its own forward, unless asked for.

@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .alibi import alibi_mask, remember_positions
+from .alibi import alibi_mask, prepare_cache, remember_positions
 from .configuration_baichuan import BaichuanConfig
 from .norm_head import as_norm_head
 
@@ -42,7 +42,9 @@ class UnpackProjections(Chunk):
             fused = fused[0] if isinstance(fused, list) else fused
             mesh, placements = sharded.device_mesh, sharded.placements
             rows, columns = len(target_patterns) * sharded.shape[0], sharded.shape[1]
-            whole = DTensor.from_local(fused, mesh, placements, shape=(rows, columns), stride=(columns, 1)).full_tensor()
+            whole = DTensor.from_local(
+                fused, mesh, placements, shape=(rows, columns), stride=(columns, 1)
+            ).full_tensor()
             input_dict = {source_patterns[0]: whole}
         parts = super().convert(input_dict, source_patterns=source_patterns, target_patterns=target_patterns, **kwargs)
         if isinstance(sharded, DTensor):
@@ -67,9 +69,7 @@ register_checkpoint_conversion_mapping(
 class BaichuanAttention(LlamaAttention):
     """Llama's attention, with rotated queries and keys or without."""
 
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         shape = hidden_states.shape[:-1]
         queries, keys, values = (
             getattr(self, name)(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2) for name in PROJECTIONS
@@ -195,10 +195,13 @@ class BaichuanModel(BaichuanPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch_size, length = inputs_embeds.shape[:2]
+        measured = 0  # the layer of the cache that says how much it holds
+        if self.rotary_emb is None and past_key_values is not None:
+            measured = self.config.num_hidden_layers
+            prepare_cache(past_key_values, measured)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + seen
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length(measured)
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
 
         mask = create_causal_mask(
             config=self.config,
@@ -206,6 +209,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            layer_idx=measured,
             allow_is_causal_skip=self.rotary_emb is not None,
         )
         if self.rotary_emb is not None:

@@ -76,8 +76,8 @@ def as_norm_head(module):
             rows of any length.
         `TypeError`: if it is no layer that can be normalised.
     """
-    if module is None:
-        return module
+    if module is None or isinstance(module, nn.Identity):
+        return module  # none on this rank, as of a pipeline's other stages
     if type(module) is nn.Linear:
         if module.bias is not None:
             raise ValueError("A normalised output layer has no bias: pass a torch.nn.Linear made with bias=False.")

@@ -1,6 +1,7 @@
 """sentencepiece BPE models as fast tokenizers that give the same ids."""
 
 import importlib
+import itertools
 import math
 import re
 
@@ -52,7 +53,6 @@ def fast_tokenizer_from_sentencepiece(path):
     """
     proto, processor = _read_model(path)
     _check_settings(proto, path)
-    _check_pieces(proto, path)
     spec, byte_fallback = proto.normalizer_spec, proto.trainer_spec.byte_fallback
     unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
     tokenizer = Tokenizer(
@@ -161,31 +161,6 @@ def _check_settings(proto, path):
         )
 
 
-def _check_pieces(proto, path):
-    """Refuses pieces whose order of merging tokenizers cannot express."""
-    ids, scores = {}, {}
-    for token_id, piece in enumerate(proto.pieces):
-        if piece.piece in ids:
-            raise ValueError(
-                f"{path} holds the piece {piece.piece!r} twice (ids {ids[piece.piece]} and {token_id}); tokenizers needs distinct "
-                "pieces. Rename one of them in the model."
-            )
-        ids[piece.piece] = token_id
-        if piece.type != NORMAL or len(piece.piece) == 1:
-            continue
-        if not math.isfinite(piece.score):
-            raise ValueError(
-                f"{path}: the piece {piece.piece!r} has the score {piece.score}, which gives no order. Repair the model."
-            )
-        if piece.score in scores:
-            raise ValueError(
-                f"{path}: the pieces {scores[piece.score]!r} and {piece.piece!r} have the same score {piece.score:g}. Of such, "
-                "sentencepiece merges the leftmost in the text first, which tokenizers cannot. Give every piece a score of its "
-                "own, as training does."
-            )
-        scores[piece.score] = piece.piece
-
-
 def _ordered_merges(proto, path):
     """
     All pairs that sentencepiece would merge, in its order: it merges two neighbours whenever they make a piece together,
@@ -218,13 +193,27 @@ def _ordered_merges(proto, path):
                     f"{path}: the unused piece {whole!r} would be merged and taken apart again by sentencepiece, which tokenizers "
                     "cannot. Make it a normal piece, or remove it."
                 )
+            if not math.isfinite(piece.score):
+                raise ValueError(
+                    f"{path}: the piece {whole!r} has the score {piece.score}, which gives no order. Repair the model."
+                )
             merges.append((-piece.score, -at, parts))
-    return [parts for _, _, parts in sorted(merges)]
+    merges.sort()
+    for (score, _, parts), (next_score, _, next_parts) in itertools.pairwise(merges):
+        if score == next_score and "".join(parts) != "".join(next_parts):
+            raise ValueError(
+                f"{path}: the pieces {''.join(parts)!r} and {''.join(next_parts)!r} have the same score {-score:g}. Of such, "
+                "sentencepiece merges the leftmost in the text first, which tokenizers cannot. Give every piece a score of its "
+                "own, as training does."
+            )
+    return [parts for _, _, parts in merges]
 
 
 def _check_against_sentencepiece(tokenizer, processor, proto, path):
     """Encodes and decodes every piece, alone and among its neighbours, with both."""
-    special = re.compile("|".join(re.escape(piece.piece) for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)))
+    special = re.compile(
+        "|".join(re.escape(piece.piece) for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL))
+    )
     words = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type in (NORMAL, UNUSED)]
     texts = words + ["".join(words[at : at + 16]) for at in range(0, len(words), 8)]
     texts += [f"a{piece.piece} b{piece.piece}" for piece in proto.pieces if piece.type == USER_DEFINED]

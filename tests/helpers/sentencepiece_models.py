@@ -8,8 +8,12 @@ import random
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-ENGLISH = "potato chips salted bag fresh milk bottle organic chocolate cookies with hazelnut family pack orange juice from"
-CHINESE = "新鲜牛奶 有机 薯片 原味 巧克力 饼干 家庭装 橙汁 浓缩 卫生纸 超柔 冷冻 比萨 四种奶酪 中国人民 商品 搜索".split()
+ENGLISH = (
+    "potato chips salted bag fresh milk bottle organic chocolate cookies with hazelnut family pack orange juice from"
+)
+CHINESE = (
+    "新鲜牛奶 有机 薯片 原味 巧克力 饼干 家庭装 橙汁 浓缩 卫生纸 超柔 冷冻 比萨 四种奶酪 中国人民 商品 搜索".split()
+)
 
 # Baichuan2's own settings, as its report gives them (arXiv 2309.10305, section 2.2) and its model shows them.
 BAICHUAN_SETTINGS = {
@@ -63,7 +67,14 @@ def corpus(num_lines=400, seed=0):
         title.insert(rng.randint(0, len(title)), f"{rng.randint(1, 2000)}{rng.choice(['g', 'ml', 'kg', ''])}")
         lines.append(" ".join(title))
         lines.append("".join(rng.choice(CHINESE) for _ in range(rng.randint(2, 6))) + f"{rng.randint(1, 500)}克")
-        lines.append(" " * rng.randint(1, 9) + "if x:" + " " * rng.randint(2, 5) + rng.choice(words) + "\t# " + rng.choice(CHINESE))
+        lines.append(
+            " " * rng.randint(1, 9)
+            + "if x:"
+            + " " * rng.randint(2, 5)
+            + rng.choice(words)
+            + "\t# "
+            + rng.choice(CHINESE)
+        )
     return lines
 
 
@@ -134,7 +145,12 @@ def write_baichuan_folder(folder, model=None, remote_code=None, **config):
 
     files = {
         "config.json": {**CONFIG, **config},
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "user_token_id": 195, "assistant_token_id": 196},
+        "generation_config.json": {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "user_token_id": 195,
+            "assistant_token_id": 196,
+        },
         "tokenizer_config.json": {
             "add_bos_token": False,
             "add_eos_token": False,

@@ -126,7 +126,12 @@ def test_all_the_ways_to_search_agree(make_tiny_model, tokenizer, positions):
     assert [[hit["sid"] for hit in hits] for hits in found] == [[hit["sid"] for hit in hits] for hits in expected]
 
     sequences = model.generate(
-        **inputs, custom_generate=sid_generate, sid_tokenizer=tokenizer, top_k=6, beams=40, return_dict_in_generate=True
+        **inputs,
+        custom_generate=sid_generate,
+        sid_tokenizer=tokenizer,
+        top_k=6,
+        beams=40,
+        return_dict_in_generate=True,
     )
     assert sequences.sequences_scores.view(3, 6)[:, 0].tolist() == pytest.approx(
         [hits[0]["score"] for hits in expected], abs=1e-4
@@ -137,7 +142,11 @@ def test_all_the_ways_to_search_agree(make_tiny_model, tokenizer, positions):
     width = inputs["input_ids"].shape[1]
     processors = [SIDLogitsProcessor(tokenizer, prompt_length=width)]
     output = model.generate(
-        **inputs, generation_config=config, logits_processor=processors, return_dict_in_generate=True, output_scores=True
+        **inputs,
+        generation_config=config,
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     sids = tokenizer.sid_strings(tokenizer.find_sids(output.sequences[:, width:].tolist()))
     for row, hits in enumerate(expected):
