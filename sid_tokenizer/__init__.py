@@ -11,10 +11,13 @@ from .pruning_sweep import PruningSweep, sweep
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
 from .refit_pruned import refit_pruned
 from .rqvae import RQVAE, RQVAEConfig
+from .sentencepiece_bpe import fast_tokenizer_from_sentencepiece
 from .splitting import split_codes
+from .tokenization_baichuan import BaichuanTokenizer
 from .tokenization_sid import SIDTokenizer
 
 __all__ = [
+    "BaichuanTokenizer",
     "RQVAE",
     "CollisionReport",
     "Diagnosis",
@@ -29,6 +32,7 @@ __all__ = [
     "SIDTokenizer",
     "TokenPruning",
     "diagnose",
+    "fast_tokenizer_from_sentencepiece",
     "plot_flow",
     "plot_layers",
     "plot_sweep",

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from baichuan_checkpoints import write_checkpoint
 from datasets import Dataset, DatasetDict
 from safetensors.numpy import save_file
+from sentencepiece_models import write_baichuan_folder
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -39,7 +41,12 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
     (tmp_path / "out" / "embeddings").mkdir(parents=True)
     shard = {"embeddings": random.standard_normal((5000, 8), dtype=np.float32)}
     save_file(shard, tmp_path / "out" / "embeddings" / "embeddings-00000.safetensors")
+    published = tmp_path / "Baichuan2-7B-Base"
+    published.mkdir()
+    write_baichuan_folder(published)
+    write_checkpoint(published, vocab_size=1000)
     for snippet in snippets:
+        snippet = snippet.replace("baichuan-inc/Baichuan2-7B-Base", str(published))
         exec(compile(snippet, str(README), "exec"), namespace)
 
     found = namespace["search"](

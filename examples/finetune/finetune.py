@@ -1,5 +1,5 @@
 """
-Fine-tunes a Llama or Qwen2 checkpoint on purchases, with any engine that accelerate knows.
+Fine-tunes a Llama, Baichuan 2 or Qwen2 checkpoint on purchases, with any engine that accelerate knows.
 
     python examples/finetune/finetune.py --model Qwen/Qwen1.5-0.5B --tokenizer my-tokenizer \
         --train train.parquet --validation validation.parquet --output_dir my-model --eval_strategy epoch

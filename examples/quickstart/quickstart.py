@@ -42,7 +42,7 @@ class QuickstartArguments:
     output: str = field(default="runs/quickstart", metadata={"help": "Folder for models, report and figures."})
     model: str | None = field(
         default=None,
-        metadata={"help": "A Llama or Qwen2 checkpoint, local or on the Hub; a small Llama if not given."},
+        metadata={"help": "A Llama, Baichuan 2 or Qwen2 checkpoint, local or on the Hub; a small Llama if not given."},
     )
     encoder: str | None = field(
         default=None, metadata={"help": "Any sentence-transformers model instead of the tower."}

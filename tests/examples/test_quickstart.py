@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from baichuan_checkpoints import write_checkpoint
 from safetensors.numpy import save_file
+from sentencepiece_models import write_baichuan_folder
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "quickstart.py"
 SMALL = {"train_rows": 96, "test_rows": 16, "codebook_size": 32, "num_beams": 60}
@@ -49,11 +51,24 @@ def test_all_stations(tmp_path):
         assert (tmp_path / arm / "sid_manifest.json").exists() and (tmp_path / arm / "model.safetensors").exists()
 
 
+def write_qwen(folder, request):
+    shared = next(part for part in request.config.pluginmanager.get_plugins() if hasattr(part, "BASE_TOKENIZERS"))
+    tokenizer = shared.BASE_TOKENIZERS["qwen"]()
+    tokenizer.save_pretrained(folder)
+    shared.TINY_MODELS["qwen"](len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+
+
+def write_baichuan(folder, request):
+    """As it lies on the Hub: a sentencepiece model, fused weights in shards, and code that must not be run."""
+    folder.mkdir()
+    write_baichuan_folder(folder)
+    write_checkpoint(folder, "13B", vocab_size=1000)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("qwen", "qwen")], indirect=True)
-def test_a_checkpoint_and_embeddings_of_ones_own(base_tokenizer, make_tiny_model, tmp_path):
-    base_tokenizer.save_pretrained(tmp_path / "checkpoint")
-    make_tiny_model(len(base_tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "checkpoint")
+@pytest.mark.parametrize("write, family", [(write_qwen, "qwen2"), (write_baichuan, "baichuan")])
+def test_a_checkpoint_and_embeddings_of_ones_own(write, family, request, tmp_path):
+    write(tmp_path / "checkpoint", request)
     embeddings = np.random.default_rng(0).standard_normal((25706, 8), dtype=np.float32)
     save_file({"embeddings": embeddings}, tmp_path / "embeddings.safetensors")
     report, results = run_quickstart(
@@ -67,4 +82,4 @@ def test_a_checkpoint_and_embeddings_of_ones_own(base_tokenizer, make_tiny_model
     assert "dual tower, exact top-k" not in results
     assert 'strategy="drop_layer"' in report
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert config["model_type"] == "qwen2"
+    assert config["model_type"] == family
