@@ -9,7 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from rqsid import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
@@ -20,6 +19,8 @@ from transformers import (  # noqa: E402
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+
+from rqsid import BaichuanConfig, BaichuanForCausalLM  # noqa: E402
 
 # Threads that wait for each other cost tiny models ten times what they save on a busy machine.
 torch.set_num_threads(1)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from sentencepiece_models import BAICHUAN_SYMBOLS, train, train_baichuan, write_baichuan_folder
@@ -87,6 +87,7 @@ def test_published_settings(tokenizer):
 @given(st.lists(st.one_of(st.sampled_from(TEXTS), st.text(max_size=5), st.text(" ▁01ab中国", max_size=8)), max_size=6))
 def test_text_is_encoded_and_decoded_as_sentencepiece_does(tokenizer, reference, parts):
     text = "".join(parts)
+    assume(not any(control in text for control in ("<s>", "</s>", "<unk>")))  # which it finds, and sentencepiece does not
     ids = reference.encode(text)
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.decode(ids) == reference.decode(ids)
