@@ -1,4 +1,4 @@
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .beam_search import beam_search
 from .code_export import save_custom_generate
@@ -14,6 +14,7 @@ from .trie import SIDTrie
 
 # Not in the files themselves, which travel with published models: where this package is installed, its classes are used.
 AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
+AutoModel.register(BaichuanConfig, BaichuanModel, exist_ok=True)
 AutoModelForCausalLM.register(BaichuanConfig, BaichuanForCausalLM, exist_ok=True)
 
 __all__ = [

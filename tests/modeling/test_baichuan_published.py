@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rqsid import (
     BaichuanConfig,
@@ -24,6 +24,7 @@ from rqsid import (
     save_custom_generate,
     search,
 )
+from rqsid.modeling import BaichuanModel
 
 EXAMPLES = [{"query": "potato chips", "history": ["p3", "p4"]}, {"query": "milk"}, {"profile": "age 35-44"}]
 CODE = {"alibi.py", "configuration_baichuan.py", "modeling_baichuan.py", "norm_head.py"}
@@ -148,6 +149,11 @@ def test_a_fresh_process_without_rqsid(model, tokenizer, positions, tmp_path):
 @pytest.mark.parametrize("positions", ["alibi"])
 def test_where_rqsid_is_installed_its_own_classes_are_used(model, tokenizer, positions, tmp_path):
     model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "model")) is SIDTokenizer
+    decoder, info = AutoModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert type(decoder) is BaichuanModel and not info["missing_keys"]
+    assert torch.equal(decoder.layers[0].self_attn.k_proj.weight, model.model.layers[0].self_attn.k_proj.weight)
     for trusted in (False, True):
         config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=trusted)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=trusted)

@@ -1,4 +1,4 @@
-"""Fused checkpoints where each rank reads a part of them: tensor parallelism, FSDP2 and ZeRO-3."""
+"""Fused checkpoints where each rank reads a part of them: tensor and pipeline parallelism, FSDP2 and ZeRO-3."""
 
 import json
 import os
@@ -63,6 +63,53 @@ dist.destroy_process_group()
 """
 
 
+PIPELINE = """
+import json, sys
+import torch, torch.distributed as dist
+from transformers.distributed import DistributedConfig
+from rqsid import BaichuanForCausalLM
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+plain = BaichuanForCausalLM.from_pretrained(sys.argv[1]).eval()
+staged = BaichuanForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(pp_size=2)).eval()
+input_ids = torch.randint(1, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+mask = torch.ones_like(input_ids)
+mask[1, :4] = 0
+options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+with torch.no_grad():
+    error = (staged(input_ids).logits - plain(input_ids).logits).abs().max().item()
+    same = torch.equal(staged.generate(input_ids, **options), plain.generate(input_ids, **options))
+if dist.get_rank() == 0:
+    print(json.dumps({"error": error, "same": same}))
+dist.destroy_process_group()
+"""
+
+
+def launch(script, arguments, folder):
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(folder / "script.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_tiny_model", ["baichuan"], indirect=True)
+def test_stages_of_a_pipeline(make_tiny_model, tmp_path):
+    """Each rank has other layers, and the positions of the keys in its part of the cache."""
+    make_tiny_model(60).save_pretrained(tmp_path / "model")
+    found = launch(PIPELINE, [tmp_path / "model"], tmp_path)
+    assert found["error"] < 1e-5 and found["same"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tp_size", "fsdp_size", "ZeRO-3"])
 @pytest.mark.parametrize("make_tiny_model", ["baichuan"], indirect=True)
@@ -70,18 +117,7 @@ def test_a_fused_checkpoint(make_tiny_model, kind, tmp_path):
     # Six heads: ALiBi's slopes for no power of two, half of them on each rank.
     model = make_tiny_model(60, hidden_size=48, num_attention_heads=6)
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), kind, str(tmp_path / "model"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    errors = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    errors = launch(SCRIPT, [kind, tmp_path / "model", tmp_path], tmp_path)
     assert errors["spread"] > 0.5
     assert errors["logits"] < 1e-5 and errors["cached"] < 1e-5
     assert errors["search"] < 1e-4 and errors["same SIDs"] == 1

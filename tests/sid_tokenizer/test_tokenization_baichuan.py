@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import sentencepiece
@@ -87,7 +88,7 @@ def test_published_settings(tokenizer):
 @given(st.lists(st.one_of(st.sampled_from(TEXTS), st.text(max_size=5), st.text(" ▁01ab中国", max_size=8)), max_size=6))
 def test_text_is_encoded_and_decoded_as_sentencepiece_does(tokenizer, reference, parts):
     text = "".join(parts)
-    assume(not any(control in text for control in ("<s>", "</s>", "<unk>")))  # which it finds, and sentencepiece does not
+    assume(not re.search("<s>|</s>|<unk>", text))  # which it finds, and sentencepiece does not
     ids = reference.encode(text)
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.decode(ids) == reference.decode(ids)
