@@ -12,7 +12,7 @@ class TextEncoder:
 
     Removing the tokens is what it takes: `encode_special_tokens=True` leaves added tokens that are not special, as SIDs
     are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept if they consist of
-    letters, digits and spaces; any other added token, as `<|user|>` or another index's `<d_5>`, counts as a control token.
+    letters, digits and spaces, or of one character; any other added token, as `<|user|>` or another index's `<d_5>`, counts as a control token.
 
     Args:
         backend (`tokenizers.Tokenizer`):
@@ -35,8 +35,9 @@ class TextEncoder:
         words = []
         for token in added:
             letters = "".join(token["content"].lstrip("▁Ġ").split())
-            # Runs of spaces, which some models hold as added tokens, are text as well.
-            if not letters or letters.isalnum():
+            # Runs of spaces, which some models hold as added tokens, are text as well. So are single characters, which the
+            # model would spell as themselves, and which would then be lost.
+            if not letters or letters.isalnum() or (len(letters) == 1 and letters.isprintable()):
                 if token["normalized"] and not token["special"] and not self.blocked[token["id"]]:
                     words.append(token)
             elif not token["special"]:

@@ -82,7 +82,6 @@ class BaichuanTokenizer(PreTrainedTokenizerFast):
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
@@ -107,14 +106,12 @@ class BaichuanTokenizer(PreTrainedTokenizerFast):
         if kwargs.get("tokenizer_object") is None and tokenizer_file is None:
             kwargs["tokenizer_object"] = _convert(vocab_file)
         tokens = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        # As strings, because the flags of a published AddedToken would replace those of the token in the backend.
+        # As strings: the flags of a published AddedToken must not come to replace those of the backend's token.
         kwargs |= {name: None if token is None else str(token) for name, token in tokens.items()}
         added = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
         kwargs |= {name: value for name, value in added.items() if value is not None}
         # The published entry names code that a saved folder does not hold; without this class it would have to be run.
         kwargs.pop("auto_map", None)
-        # Named here so that it is saved: an ordinary fast tokenizer would add token_type_ids.
-        kwargs.setdefault("model_input_names", list(self.model_input_names))
         super().__init__(
             tokenizer_file=tokenizer_file, chat_template=chat_template, model_max_length=model_max_length, **kwargs
         )

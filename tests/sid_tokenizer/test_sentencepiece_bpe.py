@@ -1,4 +1,5 @@
 import functools
+import json
 import random
 
 import pytest
@@ -257,6 +258,14 @@ def test_merges_follow_scores_and_not_ids(convert):
     assert tokenizer.encode("abc").tokens == ["a", "bc"]
     tokenizer = convert(build_model([*CHARS, ("ab", -1.0, 1), ("bc", -2.0, 1)], PLAIN))
     assert tokenizer.encode("abc").tokens == ["ab", "c"]
+
+
+def test_user_defined_symbols_are_part_of_no_merge(convert):
+    pieces = [("a", -10.0, 1), ("b", -11.0, 1), ("c", 0.0, 4), ("ab", -1.0, 1), ("abc", -2.0, 1), ("ca", -3.0, 1)]
+    tokenizer = convert(build_model(pieces, PLAIN))
+    assert tokenizer.encode("abcab").tokens == ["ab", "c", "ab"]
+    # Also where somebody takes the added tokens out, so that symbols are text.
+    assert json.loads(tokenizer.to_str())["model"]["merges"] == [["a", "b"]]
 
 
 def test_ids_are_those_of_the_model(fast):

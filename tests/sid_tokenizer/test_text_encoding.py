@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rqsid import ProductCatalog, SIDTokenizer
+from rqsid.sid_tokenizer.text_encoding import TextEncoder
 
 HOSTILE = [
     "<a_1>",
@@ -140,6 +141,19 @@ def test_runs_of_spaces_stay_text():
     base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     tokenizer = SIDTokenizer.from_base(base, ProductCatalog.build(["p", "q"], np.array([[0, 1], [1, 0]]), [2, 2]))
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode_text("x\n  y")) == ["x", "\n", "  ", "y"]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_single_characters_that_were_added_are_not_lost(normalized):
+    """sentencepiece models hold some as user-defined symbols; the vocabulary spells them as themselves."""
+    tokenizer = Tokenizer(
+        models.BPE(vocab={"<unk>": 0, "x": 1, "→": 2, "y": 3, ":": 4, "|": 5}, merges=[], unk_token="<unk>")
+    )
+    tokenizer.add_special_tokens(["|"])
+    tokenizer.add_tokens([AddedToken(symbol, normalized=normalized) for symbol in "→:"])
+    encoder = TextEncoder(tokenizer, np.array([5]))
+    assert encoder.encode_batch(["x→y:x", "→"]) == [[1, 2, 3, 4, 1], [2]]
+    assert encoder.encode_batch(["x|y"]) == [[1, 3]]  # a control token is one, however short
 
 
 def test_compatibility_normalization_cannot_make_one(make_parts):
