@@ -129,4 +129,12 @@ def _normalized_tokens_layer():
                 logits = logits.index_copy(-1, tokens, trained.to(logits.dtype))
             return logits
 
+    # So that pickle finds it, as what a class of this file would be.
+    NormalizedTokensLayer.__qualname__ = "NormalizedTokensLayer"
     return NormalizedTokensLayer
+
+
+def __getattr__(name):
+    if name == "NormalizedTokensLayer":
+        return _normalized_tokens_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The normalised output layer, and everybody who replaces it: resizing, adapters, quantizers, users."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -130,6 +131,28 @@ def test_the_search_reads_its_rows(model, normalize, vocabulary):
 # Adapters
 
 
+def test_rows_of_a_mixed_batch(model):
+    before = logits_of(model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=BOTH)
+    adapted = get_peft_model(model, config).eval()
+    after = logits_of(train(adapted).eval())
+    with torch.no_grad():
+        mixed = adapted(INPUT_IDS, use_cache=False, adapter_names=["__base__", "default"]).logits
+    torch.testing.assert_close(mixed, torch.stack([before[0], after[1]]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_the_embeddings_alone_or_tied(make_tiny_model, tied):
+    """`trainable_token_indices` as a list, as for a tied model."""
+    model = make_tiny_model(60, tie_word_embeddings=tied)
+    before = logits_of(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TRAINED)).eval()
+    torch.testing.assert_close(logits_of(adapted), before, atol=1e-5, rtol=1e-5)
+    after = logits_of(train(adapted).eval())
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, truth_of(adapted.get_base_model()), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -155,6 +178,8 @@ def test_lora_starts_where_the_model_was_and_ends_as_it_was_trained(make_tiny_mo
     with adapted.disable_adapter():
         assert torch.equal(logits_of(adapted), before)
     torch.testing.assert_close(logits_of(copy.deepcopy(adapted)), after)
+    # Between processes, as DDP's launchers do; nothing of the kind is saved.
+    torch.testing.assert_close(logits_of(pickle.loads(pickle.dumps(adapted))), after)
 
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(make_tiny_model(60), tmp_path / "adapter").eval()
