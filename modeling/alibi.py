@@ -81,7 +81,8 @@ def prepare_cache(cache, num_layers):
         if found - {length}:
             raise ValueError(
                 f"The cache holds {max(found)} tokens, and the positions of {length}. A model with ALiBi keeps positions as one "
-                "more layer of its cache: pass the cache on with all its layers, or start with an empty one."
+                "more layer of its cache: pass the cache on with all its layers, or start with an empty one. Prefix tuning fills "
+                "caches without positions, and is not possible; prompt tuning is."
             )
 
 

@@ -45,7 +45,7 @@ class BaichuanConfig(LlamaConfig):
             As [`~transformers.LlamaConfig`].
 
     Raises:
-        `ValueError`: for an unknown `position_embedding`, one that cannot be inferred, or keys and values of fewer heads than
+        `ValueError`: for an unknown `position_embedding`, one that cannot be inferred, a scaled rotation beside ALiBi, or keys and values of fewer heads than
             queries, which the fused projection of the checkpoints cannot hold.
     """
 
@@ -75,6 +75,11 @@ class BaichuanConfig(LlamaConfig):
             )
         super().__post_init__(**kwargs)
         if self.position_embedding == "alibi":
+            if (self.rope_parameters or {}).get("rope_type", "default") != "default":
+                raise ValueError(
+                    f"rope_parameters={self.rope_parameters} describe a rotation, and this model has none: its positions are "
+                    f"{self.position_embedding!r}. Leave them, and rope_scaling, out."
+                )
             # Where a rotation is described, one would be looked for.
             self.rope_parameters = None
         if self.position_embedding not in POSITION_EMBEDDINGS:

@@ -145,10 +145,18 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     Args:
         config ([`BaichuanConfig`]): The configuration.
+
+    Raises:
+        `ValueError`: if the configuration was given a rotation after it had been made, and has ALiBi.
     """
 
     def __init__(self, config):
         super().__init__(config)
+        if config.position_embedding == "alibi" and config.rope_parameters is not None:
+            raise ValueError(
+                f"rope_parameters={config.rope_parameters} describe a rotation, and this model has none: its positions are "
+                f"{config.position_embedding!r}. Leave them, and rope_scaling, out."
+            )
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(BaichuanDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -286,6 +294,15 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As `generate_batch` calls it; refused with ALiBi, whose biases a paged cache cannot carry."""
+        if self.config.position_embedding == "alibi":
+            raise ValueError(
+                "Continuous batching keeps keys in pages, without the positions that ALiBi needs. Call `generate()` on a batch "
+                "padded on the left."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     def __setattr__(self, name, value):
         if name == "lm_head" and self.config.normalize_head:
             value = as_norm_head(value)
@@ -339,4 +356,5 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
 
 
 BaichuanConfig.register_for_auto_class()
+BaichuanModel.register_for_auto_class("AutoModel")
 BaichuanForCausalLM.register_for_auto_class("AutoModelForCausalLM")

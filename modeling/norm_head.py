@@ -72,7 +72,7 @@ def as_norm_head(module):
         `peft`'s trainable tokens, made to normalise.
 
     Raises:
-        `ValueError`: if the layer has a bias, or is wrapped by an adapter that adds to the logits, which would be merged into
+        `ValueError`: if the layer has a bias, or is wrapped by an adapter that changes the logits, which would be merged into
             rows of any length.
         `TypeError`: if it is no layer that can be normalised.
     """
@@ -90,7 +90,7 @@ def as_norm_head(module):
         tuners = importlib.import_module("peft.tuners.tuners_utils")
         if isinstance(module, tuners.BaseTunerLayer):
             raise ValueError(
-                f"An adapter ({type(module).__name__}) on a normalised output layer cannot be merged: it adds to the logits "
+                f"An adapter ({type(module).__name__}) on a normalised output layer cannot be merged: it changes the logits "
                 "after the rows have been scaled. Leave lm_head out of `target_modules` (all-linear does). To train the rows "
                 'of some tokens pass `trainable_token_indices={"embed_tokens": token_ids, "lm_head": token_ids}`, to train '
                 'all rows `modules_to_save=["lm_head"]`.'

@@ -119,6 +119,14 @@ class SIDTrainer(Trainer):
             compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
             **kwargs,
         )
+        halves = {weight.dtype for weight in self.model.parameters() if weight.requires_grad and weight.itemsize < 4}
+        if halves and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # The engines keep copies in float32 to add updates to.
+            logger.warning(
+                f"Parameters of {', '.join(sorted(map(str, halves)))} are trained as they are: most updates of a usual learning "
+                'rate are smaller than their last digit, and lost. Load the model with dtype="float32", and set bf16=True to '
+                "compute in half precision."
+            )
         # Kept with the tokenizer: serving must cut histories where training did.
         processing_class.prompt_template.max_length = self.max_prompt_length
 

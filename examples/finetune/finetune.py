@@ -39,7 +39,8 @@ def read_purchases(path):
 def main():
     script, args = HfArgumentParser((ScriptArguments, SIDTrainingArguments)).parse_args_into_dataclasses()
     trainer = SIDTrainer(
-        AutoModelForCausalLM.from_pretrained(script.model),
+        # Whatever the checkpoint has: updates would be lost in half precision. --bf16 computes in it all the same.
+        AutoModelForCausalLM.from_pretrained(script.model, dtype="float32"),
         args,
         train_dataset=read_purchases(script.train),
         eval_dataset=read_purchases(script.validation) if script.validation else None,

@@ -154,6 +154,10 @@ def test_where_rqsid_is_installed_its_own_classes_are_used(model, tokenizer, pos
     decoder, info = AutoModel.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert type(decoder) is BaichuanModel and not info["missing_keys"]
     assert torch.equal(decoder.layers[0].self_attn.k_proj.weight, model.model.layers[0].self_attn.k_proj.weight)
+    decoder.save_pretrained(tmp_path / "decoder")
+    assert CODE <= {path.name for path in (tmp_path / "decoder").iterdir()}
+    again = AutoModel.from_pretrained(tmp_path / "decoder", trust_remote_code=True)
+    assert type(again) is BaichuanModel and all(map(torch.equal, again.parameters(), decoder.parameters()))
     for trusted in (False, True):
         config = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=trusted)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=trusted)

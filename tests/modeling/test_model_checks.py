@@ -74,13 +74,16 @@ def test_models_that_cannot_are_refused(model_type, config, message):
         assert_exact(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fault", ["mask", "position_ids"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_model_that_ignores_mask_or_positions_is_found_out(monkeypatch, attention, fault):
-    model = make_model("llama", attention)
+def test_a_model_that_ignores_mask_or_positions_is_found_out(monkeypatch, attention, fault, dtype):
+    model = make_model("llama", attention).to(dtype)
     monkeypatch.setattr(model_checks, "TESTED", ())
-    assert_exact(model)
-    model = make_model("llama", attention)
+    if dtype == torch.float32:
+        assert_exact(model)
+    model_checks.tree_cache(model)
+    model = make_model("llama", attention).to(dtype)
     forward = model.model.forward
 
     def ignore(input_ids, attention_mask, past_key_values=None, position_ids=None, **kwargs):
@@ -101,7 +104,24 @@ def test_a_model_that_ignores_mask_or_positions_is_found_out(monkeypatch, attent
     monkeypatch.setattr(model.model, "forward", ignore)
     for _ in range(2):
         with pytest.raises(ValueError, match="ignores the mask or the position ids"):
-            assert_exact(model)
+            model_checks.tree_cache(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "model_type, config",
+    [
+        ("mistral", {"sliding_window": None, "num_key_value_heads": 2}),
+        ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("gemma", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("llama", {"hidden_size": 128, "num_hidden_layers": 8}),
+        ("baichuan", {"position_embedding": "alibi", "max_position_embeddings": 64}),
+    ],
+)
+def test_rounding_in_half_precision_is_no_fault(monkeypatch, model_type, config, dtype):
+    """Plain and cached logits can be equal to the last bit there, and the tree's not."""
+    monkeypatch.setattr(model_checks, "TESTED", ())
+    model_checks.tree_cache(make_model(model_type, "sdpa", **config).to(dtype))
 
 
 def test_attention_that_is_local_by_place_in_the_cache_is_found_out():

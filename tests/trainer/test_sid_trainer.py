@@ -410,6 +410,16 @@ def test_the_best_checkpoint_by_item_recall_is_loaded_at_the_end(model, make_pur
     assert trainer.evaluate()["eval_item_recall@10"] == recalls[0]
 
 
+@llama
+def test_training_in_half_precision_is_warned_of(model, make_purchases, make_trainer, caplog):
+    rows = make_purchases(2)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(copy.deepcopy(model), rows)
+        assert "are trained as they are" not in caplog.text
+        make_trainer(model.to(torch.bfloat16), rows)
+    assert "Parameters of torch.bfloat16 are trained as they are" in caplog.text and 'dtype="float32"' in caplog.text
+
+
 # Lengths and bad input
 
 
