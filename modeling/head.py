@@ -23,8 +23,8 @@ class OutputHead:
 
     The rows of the output layer are read once, when the head is made, whatever holds them: an ordinary linear layer is
     used in place, shards are gathered (ZeRO-3, FSDP2), rows that the layer scales are scaled (Baichuan 2), and any other
-    linear map (LoRA) is merged by applying it to the unit vectors. Make one head for an evaluation, not one for a batch, and a new one when weights have
-    changed. All ranks of a sharded model must make it together.
+    linear map (LoRA) is merged by applying it to the unit vectors. Make one head for an evaluation, not one for a batch, and
+    a new one when weights have changed. All ranks of a sharded model must make it together.
 
     Where the model's logits are more than a linear map of its last hidden states (a soft cap, a scale, a hook on the
     layer), the model's own logits are taken, a vocabulary wide.

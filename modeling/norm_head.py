@@ -129,7 +129,7 @@ def _normalized_tokens_layer():
                 logits = logits.index_copy(-1, tokens, trained.to(logits.dtype))
             return logits
 
-    # So that pickle finds it, as what a class of this file would be.
+    # The class is made only where peft is installed; processes that exchange a model look it up by this name.
     NormalizedTokensLayer.__qualname__ = "NormalizedTokensLayer"
     return NormalizedTokensLayer
 

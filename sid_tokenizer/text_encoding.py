@@ -12,7 +12,8 @@ class TextEncoder:
 
     Removing the tokens is what it takes: `encode_special_tokens=True` leaves added tokens that are not special, as SIDs
     are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept if they consist of
-    letters, digits and spaces, or of one character; any other added token, as `<|user|>` or another index's `<d_5>`, counts as a control token.
+    letters, digits and spaces, or of one character; any other added token, as `<|user|>` or another index's `<d_5>`,
+    counts as a control token.
 
     Args:
         backend (`tokenizers.Tokenizer`):

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("measures", "app", "batching", "engine", "gate", "metrics")
 
