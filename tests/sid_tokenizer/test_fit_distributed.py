@@ -192,6 +192,8 @@ def save_and_die(self, *state):
         os.kill(os.getpid(), signal.SIGKILL)
 
 fit_checkpoint.FitCheckpoint.save_unfinished = save_and_die
+# The launcher ends the survivor as soon as it sees a death, on a busy machine before the survivor has seen it itself.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 shard = points[: len(points) // 3] if rank == 0 else points[len(points) // 3 :]
 quantizer = ResidualQuantizer(ResidualQuantizerConfig(**CONFIGS["short"]))
 try:
