@@ -1,4 +1,5 @@
-from .data import SIDDataCollator, split_prompts, tokenize_examples
+from .collator import SIDDataCollator, split_prompts
+from .data import tokenize_examples
 from .sid_trainer import SIDTrainer, rank_strings
 from .training_args import SIDTrainingArguments
 

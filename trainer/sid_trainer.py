@@ -12,7 +12,8 @@ from ..modeling.beam_search import MAX_MEMORY, beam_search, default_num_beams
 from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
-from .data import SIDDataCollator, split_prompts, tokenize_examples
+from .collator import SIDDataCollator, split_prompts
+from .data import tokenize_examples
 from .training_args import SIDTrainingArguments
 
 logger = logging.get_logger(__name__)
