@@ -93,7 +93,7 @@ class SIDDataCollator:
 def _row(feature):
     """Tokens (`list[int]`), places whose next token is to be predicted (A,), and what it is (A,), of one purchase or session."""
     tokens, label_ids = list(feature["input_ids"]), torch.tensor(list(feature["label_ids"]))
-    if "label_positions" in feature:
+    if feature.get("label_positions") is not None:
         return tokens, torch.tensor(list(feature["label_positions"])), label_ids
     # The end token is predicted, and nothing behind it: it need not be read.
     return tokens + label_ids[:-1].tolist(), torch.arange(len(label_ids)) + len(tokens) - 1, label_ids

@@ -1,9 +1,10 @@
 """The Trainer: fine-tunes a causal language model to answer with SIDs, and evaluates by searching the catalog."""
 
+import contextlib
+
 import evaluate
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.utils import logging
 
@@ -13,7 +14,8 @@ from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
 from .collator import SIDDataCollator, split_prompts
-from .data import tokenize_examples
+from .losses import SIDVocabulary, answer_loss
+from .preparation import prepare_dataset
 from .training_args import SIDTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -53,8 +55,8 @@ class SIDTrainer(Trainer):
     Raises:
         `TypeError`: if `processing_class` is no [`SIDTokenizer`], `args` are no [`SIDTrainingArguments`], there is no
             model, or a dataset is none of the above.
-        `ValueError`: if `max_prompt_length` and an answer exceed the model's context, or a dataset is empty or lacks
-            columns.
+        `ValueError`: if `max_prompt_length` and an answer exceed the model's context, or a dataset is empty, lacks columns, or
+            holds answers that the loss cannot be taken on.
 
     Example:
 
@@ -92,7 +94,8 @@ class SIDTrainer(Trainer):
                 "make the model first and pass it."
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            # Whatever type the checkpoint has: updates would be lost in half precision.
+            model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
         if getattr(model.config, "custom_pipelines", None):
             # A pipeline's code lies beside the model that was loaded, not beside the one that will be saved.
             model.config.custom_pipelines = {
@@ -100,26 +103,32 @@ class SIDTrainer(Trainer):
             } or None
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
         self.max_prompt_length = _max_prompt_length(args, model, processing_class)
+        self._limits = self.max_prompt_length, getattr(model.config, "max_position_embeddings", None)
+        self._loss_vocabulary = SIDVocabulary(processing_class) if args.loss_normalize == "sid" else None
         self._head, self._is_evaluating = None, False
         self._metric = None
 
-        train_dataset = self._tokenize(train_dataset, "train", processing_class, args)
+        train_dataset = self._prepare(train_dataset, "train", processing_class, args, training=True)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: self._tokenize(dataset, name, processing_class, args) for name, dataset in eval_dataset.items()
+                name: self._prepare(dataset, name, processing_class, args) for name, dataset in eval_dataset.items()
             }
         else:
-            eval_dataset = self._tokenize(eval_dataset, "eval", processing_class, args)
+            eval_dataset = self._prepare(eval_dataset, "eval", processing_class, args)
+        if data_collator is None:
+            data_collator = SIDDataCollator(processing_class, packing=args.packing)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator if data_collator is not None else SIDDataCollator(processing_class),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
             **kwargs,
         )
+        # compute_loss takes the labels as they are, and divides by their number whatever the model's own loss can do.
+        self._loss_shifts_labels, self.model_accepts_loss_kwargs = False, True
         halves = {weight.dtype for weight in self.model.parameters() if weight.requires_grad and weight.itemsize < 4}
         if halves and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # The engines keep copies in float32 to add updates to.
@@ -131,54 +140,11 @@ class SIDTrainer(Trainer):
         # Kept with the tokenizer: serving must cut histories where training did.
         processing_class.prompt_template.max_length = self.max_prompt_length
 
-    def _tokenize(self, dataset, name, tokenizer, args):
+    def _prepare(self, dataset, name, tokenizer, args, training=False):
         if dataset is None:
             return None
-        if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
-        if not isinstance(dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"The {name} dataset is a {type(dataset).__name__}; pass a Dataset or IterableDataset of `datasets` "
-                "(Dataset.from_pandas(frame) makes one of a DataFrame), or a list of dicts."
-            )
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"The {name} dataset is empty: it needs at least one purchase.")
-        if {"input_ids", "label_ids"} <= set(dataset.column_names or ()):
-            if isinstance(dataset, Dataset) and self.max_prompt_length is not None:
-                longest = max(map(len, dataset["input_ids"]))
-                if longest > self.max_prompt_length:
-                    raise ValueError(
-                        f"The {name} dataset holds a prompt of {longest} tokens, more than {self.max_prompt_length}. Tokenize "
-                        f"it with max_prompt_length={self.max_prompt_length}, or pass the purchases themselves."
-                    )
-            return dataset
-        fields, columns = set(tokenizer.prompt_template.fields), set(dataset.column_names or ())
-        if fields - columns and columns - fields - {"product"}:
-            # A misspelt column would be left out of every prompt without a word.
-            logger.warning(
-                f"The {name} dataset has no column {sorted(fields - columns)}, which the prompt has a place for; its columns "
-                f"{sorted(columns - fields - {'product'})} are not used."
-            )
-        options = (
-            {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
-        )
-        with args.main_process_first(desc=f"prompts ({name})"):
-            dataset = dataset.map(
-                tokenize_examples,
-                batched=True,
-                remove_columns=dataset.column_names,
-                fn_kwargs={"tokenizer": tokenizer, "max_prompt_length": self.max_prompt_length},
-                **options,
-            )
-        if isinstance(dataset, Dataset):
-            truncated = np.asarray(dataset["num_truncated"])
-            if truncated.any():
-                logger.warning(
-                    f"{int((truncated > 0).sum())} of {len(truncated)} {name} prompts exceeded "
-                    f"{self.max_prompt_length} tokens: the {int(truncated.sum())} oldest products of their histories were "
-                    "left out. Raise max_prompt_length to keep them."
-                )
-        return dataset
+        vocabulary = self._loss_vocabulary if training else None
+        return prepare_dataset(dataset, name, tokenizer, args, self._limits, vocabulary, training)
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`."""
@@ -191,7 +157,7 @@ class SIDTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `Trainer.evaluate`; `eval_dataset` may hold raw purchases."""
         if eval_dataset is not None and not isinstance(eval_dataset, dict | str):
-            eval_dataset = self._tokenize(eval_dataset, metric_key_prefix, self.processing_class, self.args)
+            eval_dataset = self._prepare(eval_dataset, metric_key_prefix, self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
@@ -199,14 +165,55 @@ class SIDTrainer(Trainer):
         As `Trainer.predict`; `test_dataset` may hold raw purchases. Predictions are (product rows, SID rows), both of shape
         (N, eval_top_k), `label_ids` the product rows bought.
         """
-        test_dataset = self._tokenize(test_dataset, metric_key_prefix, self.processing_class, self.args)
+        test_dataset = self._prepare(test_dataset, metric_key_prefix, self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer.get_eval_dataloader`. Prompts are ranked for in rows of their own, also where training packs them."""
+        with self._padded():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As `Trainer.get_test_dataloader`; see `get_eval_dataloader`."""
+        with self._padded():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _padded(self):
+        collator = self.data_collator
+        if getattr(collator, "packing", False):
+            self.data_collator = SIDDataCollator(collator.tokenizer)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # labels are end-aligned and as wide as the answers: so many logits are needed, and no more.
+        """As `Trainer.compute_loss`: the loss of the answers' tokens; see [`answer_loss`]."""
         inputs = {name: value for name, value in inputs.items() if name != "product_rows"}
-        inputs["logits_to_keep"] = inputs["labels"].shape[1]
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        # Without logits_to_keep the labels are those of the last columns. A cache would be of no use, and transformers keeps
+        # packed rows apart only without one.
+        inputs.setdefault("logits_to_keep", labels.shape[1])
+        outputs = model(**inputs, use_cache=False)
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        else:
+            logits = outputs.logits
+            if self._loss_vocabulary is not None:
+                logits, labels = self._loss_vocabulary.to(labels.device).narrow(logits, labels)
+            loss = answer_loss(
+                logits,
+                labels,
+                self.args.loss_type,
+                self.args.loss_gamma,
+                self.args.label_smoothing_factor,
+                num_items_in_batch,
+            )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The items are those of all processes, whose gradients are averaged and not added up.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
         """As `Trainer.evaluation_loop`; the rows of the output layer are gathered or merged once for all batches."""

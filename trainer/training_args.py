@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .losses import LOSSES
+
 
 @dataclass
 class SIDTrainingArguments(TrainingArguments):
@@ -18,6 +20,18 @@ class SIDTrainingArguments(TrainingArguments):
             Processes that build prompts.
         init_sid_rows (`str`, *optional*):
             How new embedding rows start: `"codebook"` or `"noise"`, see [`initialize_sid_rows`].
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a batch are trained as one, without padding; see [`SIDDataCollator`].
+
+        > Parameters that control the loss
+
+        loss_type (`str`, *optional*, defaults to `"cross_entropy"`):
+            `"cross_entropy"`, `"focal"` or `"mile"`; see [`~rqsid.trainer.answer_loss`].
+        loss_gamma (`float`, *optional*, defaults to 1.0):
+            The exponent of the focal and the MiLe loss.
+        loss_normalize (`str`, *optional*, defaults to `"vocab"`):
+            Whether probabilities are taken over the whole vocabulary (`"vocab"`), or over SID tokens and the end token
+            (`"sid"`). A model that was trained so is to be searched so: `search(..., normalize="sid")`.
 
         > Parameters that control evaluation
 
@@ -25,13 +39,14 @@ class SIDTrainingArguments(TrainingArguments):
             Products to rank for each prompt.
         eval_num_beams (`int`, *optional*):
             Beams of the search; see [`search`] for the default.
-        eval_normalize (`str`, *optional*, defaults to `"vocab"`):
-            Whether scores are log-probabilities over the whole vocabulary (`"vocab"`), as the loss is, or over SID tokens
-            and the end token (`"sid"`), for a model that was trained so elsewhere.
+        eval_normalize (`str`, *optional*):
+            Whether scores are log-probabilities over the whole vocabulary (`"vocab"`), or over SID tokens and the end token
+            (`"sid"`). As the loss if not given.
 
     > [!NOTE]
     > `remove_unused_columns` defaults to `False`, since the collator reads columns that a model's forward does not know,
-    > and `label_names` to `["labels"]`.
+    > and `label_names` to `["labels"]`. Each process reads its own share of a stream (`dispatch_batches=False` in
+    > `accelerator_config`): batches of different widths cannot be dealt out by one.
 
     Raises:
         `ValueError`: for values out of range.
@@ -46,9 +61,15 @@ class SIDTrainingArguments(TrainingArguments):
     init_sid_rows: str | None = field(
         default=None, metadata={"help": 'How new embedding rows start: "codebook" or "noise".'}
     )
+    packing: bool = field(default=False, metadata={"help": "Train the rows of a batch as one, without padding."})
+    loss_type: str = field(default="cross_entropy", metadata={"help": '"cross_entropy", "focal" or "mile".'})
+    loss_gamma: float = field(default=1.0, metadata={"help": "The exponent of the focal and the MiLe loss."})
+    loss_normalize: str = field(
+        default="vocab", metadata={"help": 'Softmax of the loss over "vocab" or "sid" tokens.'}
+    )
     eval_top_k: int = field(default=50, metadata={"help": "Products to rank for each prompt."})
     eval_num_beams: int | None = field(default=None, metadata={"help": "Beams of the search."})
-    eval_normalize: str = field(default="vocab", metadata={"help": 'Softmax over "vocab" or "sid" tokens.'})
+    eval_normalize: str | None = field(default=None, metadata={"help": 'Softmax over "vocab" or "sid" tokens.'})
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,7 +86,21 @@ class SIDTrainingArguments(TrainingArguments):
                 "batch_eval_metrics=True and eval_do_concat_batches=False hand metrics to compute_metrics in pieces, while "
                 "rankings are scored over all rows. Leave both at their defaults."
             )
-        if self.eval_normalize not in ("vocab", "sid"):
-            raise ValueError(f'eval_normalize={self.eval_normalize!r} is unknown; choose "vocab" or "sid".')
+        if self.eval_normalize is None:
+            self.eval_normalize = self.loss_normalize
+        for name in ("loss_normalize", "eval_normalize"):
+            if getattr(self, name) not in ("vocab", "sid"):
+                raise ValueError(f'{name}={getattr(self, name)!r} is unknown; choose "vocab" or "sid".')
+        if self.loss_type not in LOSSES:
+            raise ValueError(f"loss_type={self.loss_type!r} is unknown; choose one of {', '.join(LOSSES)}.")
+        if self.loss_gamma < 0:
+            raise ValueError(f"loss_gamma={self.loss_gamma} must not be negative.")
+        if self.loss_type != "cross_entropy" and self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} with loss_type={self.loss_type!r}: the one makes every "
+                "answer less certain, the other weights them by how certain they are. Choose one of them."
+            )
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
         if self.init_sid_rows not in (None, "codebook", "noise"):
             raise ValueError(f'init_sid_rows={self.init_sid_rows!r} is unknown; choose "codebook" or "noise".')

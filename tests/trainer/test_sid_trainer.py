@@ -121,8 +121,8 @@ def test_logits_are_computed_for_the_answer_only(model, tokenizer, make_purchase
     widths = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
     trainer = make_trainer(model, rows, rows, per_device_train_batch_size=6, max_steps=1)
-    # The collator's row: the longest answer, its end token, and the column before it.
-    answer = max(len(ids) for ids in tokenizer.encode_products([row["product"] for row in rows])) + 2
+    # What is predicted: the longest answer and its end token.
+    answer = max(len(ids) for ids in tokenizer.encode_products([row["product"] for row in rows])) + 1
     assert answer < min(len(ids) for ids in tokenizer.encode_prompts(rows)["input_ids"])
     trainer.train()
     assert widths == [answer]
