@@ -1,5 +1,6 @@
 from .collator import SIDDataCollator, split_prompts
 from .data import tokenize_examples
+from .losses import SIDVocabulary, answer_loss
 from .sid_trainer import SIDTrainer, rank_strings
 from .training_args import SIDTrainingArguments
 
@@ -7,6 +8,8 @@ __all__ = [
     "SIDDataCollator",
     "SIDTrainer",
     "SIDTrainingArguments",
+    "SIDVocabulary",
+    "answer_loss",
     "rank_strings",
     "split_prompts",
     "tokenize_examples",

@@ -15,6 +15,7 @@ from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
 from .collator import SIDDataCollator, split_prompts
 from .losses import SIDVocabulary, answer_loss
+from .packing import check_packing
 from .preparation import prepare_dataset
 from .training_args import SIDTrainingArguments
 
@@ -115,6 +116,8 @@ class SIDTrainer(Trainer):
             }
         else:
             eval_dataset = self._prepare(eval_dataset, "eval", processing_class, args)
+        if args.packing:
+            check_packing(model)
         if data_collator is None:
             data_collator = SIDDataCollator(processing_class, packing=args.packing)
         super().__init__(
