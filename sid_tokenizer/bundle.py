@@ -48,9 +48,8 @@ def write_bundle(tokenizer, save_directory):
     names = ["tokenizer.json", CATALOG_FILE, PROMPT_FILE] + ([] if quantizer is None else [CODEBOOK_FILE])
     paths = {name: os.path.join(save_directory, name) for name in [*names, MANIFEST_FILE]}
     write_catalog(catalog, paths[CATALOG_FILE])
-    write_json(
-        paths[PROMPT_FILE], {"template": tokenizer.prompt_template.to_dict(), "prefix": tokenizer.prompt_prefix}
-    )
+    prompt = {"template": tokenizer.prompt_template.to_dict()}
+    write_json(paths[PROMPT_FILE], prompt | {"prefix": tokenizer.prompt_prefix, "suffix": tokenizer.prompt_suffix})
     if quantizer is not None:
         config = {name: getattr(quantizer.config, name) for name in CODEBOOK_CONFIG + OPTIONAL_CODEBOOK_CONFIG}
         tensors = {name: parameter.data for name, parameter in _quantizer_tensors(quantizer).items()}
@@ -136,16 +135,13 @@ def read_bundle(manifest_file, files):
     if CODEBOOK_FILE in manifest["files"]:
         quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
         check_quantizer(quantizer, catalog.codebook_sizes, catalog.codebook_version)
-    prompt = read_json(files[PROMPT_FILE])
-    try:
-        prompt_template, prompt_prefix = PromptTemplate(**prompt["template"]), list(prompt["prefix"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
+    prompt_template, prompt_prefix, prompt_suffix = _read_prompt(files[PROMPT_FILE])
     return {
         "catalog": catalog,
         "quantizer": quantizer,
         "prompt_template": prompt_template,
         "prompt_prefix": prompt_prefix,
+        "prompt_suffix": prompt_suffix,
         "token_format": manifest["token_format"],
         "layer_order": check_layer_order(manifest["layer_order"], catalog),
         "base_size": manifest["base_size"],
@@ -161,6 +157,25 @@ def _catalog_entry(catalog, path):
             catalog.file["entry"] = entry
         return entry
     return catalog.file["entry"]
+
+
+def _read_prompt(path):
+    """The template, and the tokens before and behind a prompt."""
+    prompt = read_json(path)
+    strangers = sorted(set(prompt) - {"template", "prefix", "suffix"})
+    if strangers:
+        raise ValueError(f"{PROMPT_FILE} holds {', '.join(strangers)}, which this version of rqsid does not know.")
+    try:
+        # Bundles of earlier versions have no suffix, since nothing stood behind a prompt.
+        template, markup = PromptTemplate(**prompt["template"]), [prompt["prefix"], prompt.get("suffix", [])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
+    for tokens in markup:
+        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError(
+                f"{PROMPT_FILE} puts {tokens!r} around prompts, which is no list of tokens: it was edited."
+            )
+    return template, *markup
 
 
 def _quantizer_tensors(quantizer):

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from json import JSONDecodeError
 
@@ -25,6 +25,7 @@ from .bundle import (
 from .catalog_file import note_path
 from .codebook_version import check_quantizer
 from .files import check_file
+from .prompt_encoding import check_titles, encode_prompts, encode_sessions, find_prompt_markup
 from .prompts import PromptTemplate
 from .sid_tokens import TOKEN_FORMAT, layer_tokens
 from .staged_save import recovered, staged_save
@@ -92,10 +93,20 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         self.catalog = sid_parts["catalog"]
         self.quantizer = sid_parts["quantizer"]
         self.prompt_template = sid_parts["prompt_template"]
-        self.prompt_prefix = sid_parts["prompt_prefix"]
+        self.prompt_prefix, self.prompt_suffix = sid_parts["prompt_prefix"], sid_parts["prompt_suffix"]
+        # What they were made for; a template put in its place later may ask for others.
+        self.prompt_markup_of = self.prompt_template.chat, self.prompt_template.system
         self.token_format = sid_parts["token_format"]
         self.layer_order = sid_parts["layer_order"]
         self.base_size = sid_parts["base_size"]
+        strangers = [
+            token for token in self.prompt_prefix + self.prompt_suffix if self._tokenizer.token_to_id(token) is None
+        ]
+        if strangers:
+            raise ValueError(
+                f"{PROMPT_FILE} puts {strangers[0]!r} around prompts, which tokenizer.json does not hold: the files belong to "
+                "different saves. Save or download the bundle again."
+            )
         self._index_tokens()
 
     @classmethod
@@ -165,7 +176,8 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         Raises:
             `TypeError`: if `base` is no fast tokenizer.
             `ValueError`: if `base` has no end token or already holds SID tokens, the quantizer has other codebooks than
-                the catalog, the order makes one SID the beginning of another, or the ids of `base` have gaps.
+                the catalog, the order makes one SID the beginning of another, the ids of `base` have gaps, or the template
+                asks for titles that the catalog lacks or for a chat template that `base` lacks.
         """
         if not hasattr(base, "backend_tokenizer"):
             raise TypeError(
@@ -216,25 +228,25 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         # normaliser cannot change their spelling.
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
-        # What the base puts in front of a text, found by what it puts around one.
-        whole, bare = base("a")["input_ids"], base("a", add_special_tokens=False)["input_ids"]
-        starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
-        prefix = whole[: starts[0]] if starts else []
         template = prompt_template if prompt_template is not None else PromptTemplate()
-        literals = [template.answer, template.separator, *template.labels.values()]
+        literals = [template.answer, template.separator, template.history_separator, *template.labels.values()]
         markup = [token for token in base.all_special_tokens if any(token in literal for literal in literals)]
         if markup:
             raise ValueError(
                 f"The prompt template holds the control token {markup[0]!r}, which would be spelled out as text. Leave it "
                 "out of labels, separator and answer."
             )
+        if template.history_format != "sid":
+            check_titles(catalog)
+        prefix, suffix = find_prompt_markup(base, template)
         tokenizer = cls(
             tokenizer_object=backend,
             sid_parts={
                 "catalog": catalog,
                 "quantizer": quantizer,
                 "prompt_template": template,
-                "prompt_prefix": base.convert_ids_to_tokens(prefix),
+                "prompt_prefix": prefix,
+                "prompt_suffix": suffix,
                 "token_format": token_format,
                 "layer_order": layer_order,
                 "base_size": len(base),
@@ -497,10 +509,10 @@ class SIDTokenizer(PreTrainedTokenizerFast):
 
         Args:
             examples (`list[dict]`):
-                Values of the prompt template's fields.
+                Values of the prompt template's fields, or what else a [`PromptTemplate`] takes: sessions, and other tasks.
             max_length (`int`, *optional*):
-                Longest prompt in tokens, the template's `max_length` if not given. The oldest products of a history are left
-                out first; text never is.
+                Longest prompt in tokens, markup of a chat included; the template's `max_length` if not given. The oldest
+                products of a history are left out first; text never is, but for the end of a title of the task `"title"`.
 
         Returns:
             `dict`: `input_ids` (`list[list[int]]`), and `num_truncated` (`list[int]`): how many products of each history
@@ -510,36 +522,38 @@ class SIDTokenizer(PreTrainedTokenizerFast):
             `TypeError`, `ValueError`: if an example cannot be a prompt, a history names a product that is not in the
                 catalog, or a prompt is too long even without its history.
         """
-        if isinstance(examples, dict):
+        if isinstance(examples, Mapping):
             raise TypeError("encode_prompts takes a list of examples; wrap a single one: [example].")
-        parts = [self.prompt_template.split(example) for example in examples]
-        texts = self.encode_text([text for before, _, after in parts for text in (before, after)])
-        histories = self.encode_products([product for _, history, _ in parts for product in history])
-        prefix = self.convert_tokens_to_ids(self.prompt_prefix)
-        max_length = self.prompt_template.max_length if max_length is None else max_length
+        return encode_prompts(self, examples, max_length)
 
-        prompts, num_truncated, start = [], [], 0
-        for row, (_, history, _) in enumerate(parts):
-            before, after = prefix + texts[2 * row], texts[2 * row + 1]
-            sids, start = histories[start : start + len(history)], start + len(history)
-            kept = len(sids)
-            if max_length is not None:
-                room = max_length - len(before) - len(after)
-                if sids and room < len(sids[-1]):
-                    # Not even the latest product fits: the prompt of an empty history, which has no label for it.
-                    bare = self.prompt_template.split({**examples[row], "history": None})[0]
-                    before, after = prefix + self.encode_text(bare), []
-                    room = min(0, max_length - len(before))
-                if room < 0:
-                    raise ValueError(
-                        f"Prompt {row} takes {len(before) + len(after)} tokens without its history, more than "
-                        f"max_length={max_length}. Raise max_length, or shorten the profile or the query."
-                    )
-                lengths = np.cumsum([len(sid) for sid in reversed(sids)])
-                kept = int(np.searchsorted(lengths, room, side="right"))
-            num_truncated.append(len(sids) - kept)
-            prompts.append(before + [token for sid in sids[len(sids) - kept :] for token in sid] + after)
-        return {"input_ids": prompts, "num_truncated": num_truncated}
+    def encode_sessions(self, examples, max_length=None):
+        """
+        Builds sessions to train on, each with all of its purchases supervised at once. The template has `layout="session"`.
+
+        The prompt that [`~SIDTokenizer.encode_prompts`] makes of a session cut before purchase i is `input_ids` up to and
+        including the first label position of that purchase. Where nothing is left out, the loss at all label positions is that
+        of one row per purchase, prompt, SID and end token.
+
+        Args:
+            examples (`list[dict]`):
+                Text fields, `products` (`list[str]`, the oldest first), and as many `queries` (`list[str]`), if any.
+            max_length (`int`, *optional*):
+                Longest prompt of the last purchase in tokens, the template's `max_length` if not given. The oldest purchases are
+                left out first; the fields before the query never are.
+
+        Returns:
+            `dict`, with a list per session: `input_ids`, up to the last token of the last SID; `label_positions`, the places
+            whose next token is to be predicted; `label_ids`, what it is: the tokens of a SID, and the end token, although the
+            session goes on with the next purchase there; `product_rows`, the products bought; and `num_truncated` (`int`), how
+            many purchases were left out.
+
+        Raises:
+            `TypeError`, `ValueError`: if the template has another layout, an example is no session, names a product that is not in
+                the catalog, or is too long even with its last purchase alone.
+        """
+        if isinstance(examples, Mapping):
+            raise TypeError("encode_sessions takes a list of examples; wrap a single one: [example].")
+        return encode_sessions(self, examples, max_length)
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
         """
