@@ -65,9 +65,9 @@ def prepare_dataset(dataset, name, tokenizer, args, limits, vocabulary=None, tra
 
 def _tokenize(dataset, name, tokenizer, args, max_prompt_length, training):
     template = tokenizer.prompt_template
-    columns = set(dataset.column_names or ())
-    if getattr(template, "layout", "purchase") == "purchase":
-        fields, others = set(template.fields), columns - {*template.fields, "product", "task"}
+    columns, known = set(dataset.column_names or ()), {*template.example_keys(), "product", "task", "title"}
+    if template.layout == "purchase":
+        fields, others = set(template.fields), columns - known
         if fields - columns and others:
             # A misspelt column would be left out of every prompt without a word.
             logger.warning(
@@ -77,9 +77,7 @@ def _tokenize(dataset, name, tokenizer, args, max_prompt_length, training):
     options = {"num_proc": args.dataset_num_proc, "desc": f"prompts ({name})"} if isinstance(dataset, Dataset) else {}
     with args.main_process_first(desc=f"prompts ({name})"):
         dataset = dataset.map(
-            tokenize_examples
-            if training or getattr(template, "layout", "purchase") == "purchase"
-            else tokenize_last_purchases,
+            tokenize_examples if training or template.layout == "purchase" else tokenize_last_purchases,
             batched=True,
             remove_columns=dataset.column_names,
             fn_kwargs={"tokenizer": tokenizer, "max_prompt_length": max_prompt_length},
@@ -101,7 +99,7 @@ def _tokenize(dataset, name, tokenizer, args, max_prompt_length, training):
 def tokenize_last_purchases(examples, tokenizer, max_prompt_length=None):
     """
     Turns a batch of sessions into what [`tokenize_examples`] makes of single purchases: the last purchase of each session is
-    the answer, the others are its prompt.
+    the answer, the others are its prompt. Rows with a `product`, which is the next purchase, are left to [`tokenize_examples`].
 
     Args:
         examples (`dict[str, list]`): Columns of sessions, `products` among them.
@@ -114,6 +112,8 @@ def tokenize_last_purchases(examples, tokenizer, max_prompt_length=None):
     Raises:
         `ValueError`: if there is no column `products`, or a session is empty.
     """
+    if "product" in examples:
+        return tokenize_examples(examples, tokenizer, max_prompt_length)
     if "products" not in examples:
         raise ValueError(
             f'Sessions need a column "products" with the ids of the products bought; found {sorted(examples)}.'
