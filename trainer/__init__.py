@@ -1,6 +1,7 @@
 from .collator import SIDDataCollator, split_prompts
 from .data import tokenize_examples
 from .losses import SIDVocabulary, answer_loss
+from .purchase_logs import read_purchase_log
 from .sid_trainer import SIDTrainer, rank_strings
 from .training_args import SIDTrainingArguments
 
@@ -11,6 +12,7 @@ __all__ = [
     "SIDVocabulary",
     "answer_loss",
     "rank_strings",
+    "read_purchase_log",
     "split_prompts",
     "tokenize_examples",
 ]

@@ -58,7 +58,9 @@ def prepare_dataset(dataset, name, tokenizer, args, limits, vocabulary=None, tra
     if isinstance(dataset, IterableDataset):
         if vocabulary is not None:
             dataset = dataset.map(_check_answers, batched=True, fn_kwargs={"vocabulary": vocabulary, "name": name})
-        return _share_stream(dataset, args, training)
+        dataset = _share_stream(dataset, args, training)
+    if isinstance(dataset, IterableDataset):
+        return dataset
     _check_rows(dataset, name, tokenizer, limits, vocabulary)
     return dataset
 
