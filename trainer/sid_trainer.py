@@ -14,6 +14,7 @@ from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
 from .collator import SIDDataCollator, split_prompts
+from .launching import check_launch, describe_training
 from .losses import SIDVocabulary, answer_loss
 from .packing import check_packing
 from .preparation import prepare_dataset
@@ -89,6 +90,13 @@ class SIDTrainer(Trainer):
             args = SIDTrainingArguments("sid_trainer_output")
         if not isinstance(args, SIDTrainingArguments):
             raise TypeError(f"args is {type(args).__name__}; SIDTrainer needs SIDTrainingArguments.")
+        check_launch(args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs and would train on them with torch.nn.DataParallel, which this loss does not "
+                "support and which is slower than DDP. Start the script with `accelerate launch`, or let it see one GPU "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         if model is None:
             raise TypeError(
                 "model is None. SIDTrainer gives the model its SID rows before training, so it takes no model_init: "
@@ -155,6 +163,8 @@ class SIDTrainer(Trainer):
         # process on its own.
         if self.model_wrapped is self.model and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.model._is_accelerate_prepared = False
+        if self.is_world_process_zero():
+            logger.info(describe_training(self))
         return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
