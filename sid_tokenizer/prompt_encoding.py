@@ -33,7 +33,8 @@ def encode_prompts(tokenizer, examples, max_length=None):
                 before, after = prefix + head, tail + suffix
                 room = min(0, max_length - len(before) - len(after))
             if room < 0 and tasks[row] == "title":
-                before, room = _cut_title(tokenizer, prefix, head, room), 0
+                before = _cut_title(tokenizer, prefix, head, room)
+                room = max_length - len(before) - len(after)
             if room < 0:
                 raise ValueError(
                     f"Prompt {row} takes {len(before) + len(after)} tokens without its history, more than "
@@ -224,11 +225,10 @@ def _with_titles(catalog, examples, tasks):
 
 
 def _cut_title(tokenizer, prefix, head, room):
-    """Prefix and label of a title with as much of the title as fits."""
-    label = tokenizer.encode_text(tokenizer.prompt_template.label("title").rstrip())
-    if len(head) + room <= len(label):
-        return prefix + head
-    return prefix + head[:room]
+    """Prefix, label and as much of the title as fits; the whole where nothing of it does."""
+    cut = head[: max(0, len(head) + room)]
+    label = tokenizer.encode_text(tokenizer.prompt_template.label("title"))
+    return prefix + (head if cut == label[: len(cut)] else cut)
 
 
 def _num_fitting(units, room):
