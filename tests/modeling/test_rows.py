@@ -1,8 +1,14 @@
 """Embedding rows for SID tokens: how many, what they hold, and when they are left alone."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rqsid import ProductCatalog, ResidualQuantizer, ResidualQuantizerConfig, SIDTokenizer, initialize_sid_rows
@@ -128,6 +134,50 @@ def test_rows_are_distinct_and_look_like_base_rows(sid_tokenizer, make_tiny_mode
         assert distances.min() > 1, "two rows are nearly the same"
 
 
+@one_base
+@pytest.mark.parametrize("init", ["codebook", "noise"])
+@pytest.mark.parametrize("make_tiny_model", ["qwen"], indirect=True)
+def test_rows_have_the_mean_and_covariance_of_base_rows(sid_tokenizer, make_tiny_model, init):
+    base_size, new_ids = sid_tokenizer.base_size, sid_tokenizer.new_token_ids()
+    model = make_tiny_model(len(sid_tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        # Columns that go together, differently in the two matrices: their deviations alone say little of them.
+        for matrix in matrices_of(model):
+            matrix.copy_(matrix @ torch.randn(8, 8, generator=generator) + 3 * torch.randn(8, generator=generator))
+    means, covariances = ([[], []] for _ in range(2))
+    for seed in range(40):
+        model.config.sid_codebook = None
+        initialize_sid_rows(model, sid_tokenizer, init=init, seed=seed)
+        for which, matrix in enumerate(matrices_of(model)):
+            centred = matrix[new_ids] - matrix[:base_size].mean(0)
+            means[which].append(centred.mean(0))
+            covariances[which].append(centred.T @ centred / len(new_ids))
+    for matrix, mean, covariance in zip(matrices_of(model), means, covariances, strict=True):
+        expected = torch.cov(matrix[:base_size].T, correction=0)
+        deviation = torch.stack(mean).mean(0) / expected.diagonal().sqrt()
+        assert deviation.abs().max() < 0.1
+        error = torch.stack(covariance).mean(0) - expected
+        assert error.norm() < 0.15 * expected.norm()
+        # Noise of the right deviations would not do.
+        assert (expected - expected.diagonal().diag()).norm() > 0.5 * expected.norm()
+
+
+@one_family
+def test_a_text_token_that_the_model_lacks_gets_a_row_too(sid_tokenizer, make_tiny_model):
+    # As where a pad token was added to the tokenizer, and not to the model.
+    base_size = sid_tokenizer.base_size
+    rows = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = make_tiny_model(base_size - 1)
+        torch.manual_seed(seed)
+        initialize_sid_rows(model, sid_tokenizer, seed=3)
+        assert len(model.get_input_embeddings().weight) == len(sid_tokenizer)
+        rows.append(torch.cat([matrix[base_size - 1 :] for matrix in matrices_of(model)]))
+    assert torch.equal(*rows)
+
+
 @one_family
 def test_codebook_rows_keep_the_neighbourhoods_of_the_codes(sid_tokenizer, quantizer, make_tiny_model):
     model = make_tiny_model(sid_tokenizer.base_size, **WIDE)
@@ -238,3 +288,129 @@ def test_rows_of_other_codebooks_are_neither_kept_nor_overwritten(
     assert torch.equal(matrices_of(model)[0], before)
     model.config.sid_codebook = None
     assert initialize_sid_rows(model, other_tokenizer) is True
+
+
+# What cannot get them
+
+
+@one_family
+def test_what_can_get_no_rows_is_refused(sid_tokenizer, make_tiny_model):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(make_tiny_model(sid_tokenizer.base_size), config)
+    with pytest.raises(ValueError, match="has an adapter and no rows.*on the model itself"):
+        initialize_sid_rows(adapted, sid_tokenizer)
+    model = make_tiny_model(sid_tokenizer.base_size)
+    initialize_sid_rows(model, sid_tokenizer)
+    assert initialize_sid_rows(get_peft_model(model, config), sid_tokenizer) is False
+    with torch.device("meta"):
+        hollow = make_tiny_model(sid_tokenizer.base_size)
+    with pytest.raises(ValueError, match="weight of Embedding is without values.*without offloading"):
+        initialize_sid_rows(hollow, sid_tokenizer)
+    quantized = make_tiny_model(sid_tokenizer.base_size)
+    quantized.lm_head.weight = torch.nn.Parameter(quantized.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="weight of Linear is torch.int8.*out of quantization"):
+        initialize_sid_rows(quantized, sid_tokenizer)
+    assert quantized.get_input_embeddings().num_embeddings == sid_tokenizer.base_size
+
+
+SHARDED = """
+import json, sys
+import torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+from rqsid import SIDTokenizer, initialize_sid_rows
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+tokenizer = SIDTokenizer.from_pretrained(f"{folder}/tokenizer")
+names = json.load(open(f"{folder}/names.json"))
+
+
+def rows_of(model, gather=False):
+    import deepspeed
+    matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    with deepspeed.zero.GatheredParameters(matrices) if gather else torch.no_grad():
+        return [matrix.detach().clone() for matrix in matrices]
+
+
+expected = {}
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+    initialize_sid_rows(model, tokenizer, seed=3)
+    expected[name] = rows_of(model)
+config = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {
+    "stage": 3, "stage3_param_persistence_threshold": 0}})
+result = {}
+for name in names:
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+    torch.manual_seed(rank)
+    partitioned = model.get_input_embeddings().weight.numel() == 0 and model.get_output_embeddings().weight.numel() == 0
+    made = initialize_sid_rows(model, tokenizer, seed=3)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = rows_of(model, gather=True)
+    result[name] = {
+        "partitioned": partitioned,
+        "made": made,
+        "equal": [torch.equal(*pair) for pair in zip(expected[name], found, strict=True)],
+        "tied": embeddings.weight is head.weight,
+        "sizes": [embeddings.num_embeddings, head.out_features, model.config.vocab_size],
+    }
+    # The engine partitions what resizing left whole, and trains what all ranks have agreed on.
+    import deepspeed
+    engine = deepspeed.initialize(model=model, config=config.config, dist_init_required=False)[0]
+    result[name]["in the engine"] = [torch.equal(*pair) for pair in zip(expected[name], rows_of(model, True), strict=True)]
+json.dump(result, open(f"{folder}/result.{rank}", "w"))
+
+del config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/{names[0]}")
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+try:
+    initialize_sid_rows(model, tokenizer)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+json.dump(refused, open(f"{folder}/refused.{rank}", "w"))
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@one_base
+def test_rows_of_partitioned_models(request, sid_tokenizer, tmp_path):
+    """DeepSpeed ZeRO-3 in two processes: the rows are those of one process. FSDP2: refused."""
+    shared = next(part for part in request.config.pluginmanager.get_plugins() if hasattr(part, "BASE_TOKENIZERS"))
+    tiny_models, base_size, size = shared.TINY_MODELS, sid_tokenizer.base_size, len(sid_tokenizer)
+    models = {
+        "untied, resized": tiny_models["llama"](base_size),
+        "untied, spare rows": tiny_models["llama"](size + 7),
+        "tied, resized": tiny_models["qwen"](base_size, tie_word_embeddings=True),
+        "tied, spare rows": tiny_models["qwen"](size + 7, tie_word_embeddings=True),
+        "normalised, resized": tiny_models["baichuan"](base_size),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    sid_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "names.json").write_text(json.dumps(list(models)))
+    (tmp_path / "script.py").write_text(SHARDED, encoding="utf-8")
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(str(tmp_path / "script.py"), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for rank in range(2):
+        for name, found in json.loads((tmp_path / f"result.{rank}").read_text()).items():
+            assert found["partitioned"] and found["made"], (name, found)
+            assert found["equal"] == [True, True] == found["in the engine"], (name, found)
+            assert found["tied"] == name.startswith("tied")
+            assert found["sizes"] == [size + 7 if "spare" in name else size] * 3
+        assert "FSDP2 or tensor parallelism" in json.loads((tmp_path / f"refused.{rank}").read_text())
