@@ -158,6 +158,11 @@ def _with_task(rows, task):
 def _titled_products(catalog, kind):
     """`Dataset` of one column, `product`, on disk: ids of the products that have a text and are not withdrawn."""
     check_titles(catalog)
+    # A dataset without a row cannot be made of a generator.
+    if next(_titled_product_ids(catalog), None) is None:
+        raise ValueError(
+            f"None of the {len(catalog)} products has a text and is not withdrawn. Leave the tasks of titles out."
+        )
     products = Dataset.from_generator(
         _titled_product_ids,
         features=Features({"product": Value(kind)}),
@@ -169,10 +174,6 @@ def _titled_products(catalog, kind):
         logger.warning(
             f"{len(catalog) - len(products)} of {len(catalog)} products have no text or are withdrawn, and are left out of the "
             "tasks of titles."
-        )
-    if len(products) == 0:
-        raise ValueError(
-            f"None of the {len(catalog)} products has a text and is not withdrawn. Leave the tasks of titles out."
         )
     return products
 

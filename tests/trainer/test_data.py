@@ -1,7 +1,8 @@
-"""From purchases to batches and back."""
+"""From purchases, sessions and titles to token ids."""
 
 import pytest
 
+from rqsid import ProductCatalog, PromptTemplate, SIDTokenizer
 from rqsid.trainer import tokenize_examples
 
 both_families = pytest.mark.parametrize("base_tokenizer", ["llama", "qwen"], indirect=True)
@@ -60,3 +61,89 @@ def test_tokenize_examples_of_an_empty_batch(tokenizer):
 def test_tokenize_examples_names_what_is_wrong(tokenizer, examples, message):
     with pytest.raises(ValueError, match=message):
         tokenize_examples(examples, tokenizer)
+
+
+@pytest.fixture
+def with_template(tokenizer, base_tokenizer):
+    """`with_template(**options)`: a tokenizer on the same codes, with titles, and another template."""
+
+    def make(**options):
+        catalog, titles = tokenizer.catalog, [f"title of {row}" for row in range(39)] + [""]
+        ids = [f"p{row}" for row in range(40)]
+        catalog = ProductCatalog.build(ids, catalog.codes, catalog.codebook_sizes, catalog.pruning, texts=titles)
+        return SIDTokenizer.from_base(base_tokenizer, catalog, prompt_template=PromptTemplate(**options))
+
+    return make
+
+
+@one_family
+def test_tokenize_examples_of_all_tasks(with_template):
+    tokenizer = with_template()
+    tasks = ["purchase", "history", "query", "title", "describe", None]
+    row = {"profile": "x", "history": ["p3", "p4"], "query": "milk", "product": "p7"}
+    rows = [row | {"task": task} for task in tasks]
+    out = tokenize_examples(columns_of(rows), tokenizer)
+    assert out["input_ids"] == tokenizer.encode_prompts(rows)["input_ids"]
+    assert len(set(map(tuple, out["input_ids"]))) == 5 and out["input_ids"][0] == out["input_ids"][5]
+    sid, end = tokenizer.encode_products("p7"), tokenizer.eos_token_id
+    title = tokenizer.encode_text("title of 7")
+    assert out["label_ids"] == [sid + [end]] * 4 + [title + [end], sid + [end]]
+    assert out["product_rows"] == [7, 7, 7, 7, -1, 7]
+    # The title of the answer is cut to what the prompt leaves of the length.
+    prompt = out["input_ids"][4]
+    for room in (1, 2, len(title), len(title) + 1):
+        cut = tokenize_examples(columns_of(rows[4:5]), tokenizer, max_prompt_length=len(prompt) + room)
+        assert cut["input_ids"] == [prompt] and cut["label_ids"] == [title[:room] + [end]]
+    with pytest.raises(ValueError, match="'p7', whose title is the answer, has a prompt as long as max_length"):
+        tokenize_examples(columns_of(rows[4:5]), tokenizer, max_prompt_length=len(prompt))
+    with pytest.raises(ValueError, match="'p39', whose title is the answer, has no title in the catalog"):
+        tokenize_examples({"task": ["describe"], "product": ["p39"]}, tokenizer)
+    with pytest.raises(ValueError, match="task='sing' is unknown"):
+        tokenize_examples({"task": ["sing"], "product": ["p3"]}, tokenizer)
+
+
+@one_family
+def test_tokenize_examples_of_sessions(with_template):
+    tokenizer = with_template(layout="session")
+    sessions = [
+        {"profile": "x", "queries": ["milk", ""], "products": ["p3", "p4"]},
+        {"profile": None, "queries": ["tea"], "products": ["p0"]},
+    ]
+    out = tokenize_examples(columns_of(sessions), tokenizer)
+    assert out == tokenizer.encode_sessions(sessions)
+    assert out["product_rows"] == [[3, 4], [0]] and out["num_truncated"] == [0, 0]
+    limit = len(out["input_ids"][1])
+    cut = tokenize_examples(columns_of(sessions), tokenizer, max_prompt_length=limit)
+    assert cut == tokenizer.encode_sessions(sessions, max_length=limit) and cut["num_truncated"] == [1, 0]
+
+    # The next purchase of a session so far is a row with one answer.
+    row = {"profile": "x", "queries": ["milk", "tea"], "products": ["p3"], "product": "p4"}
+    one = tokenize_examples(columns_of([row]), tokenizer)
+    assert one["input_ids"] == tokenizer.encode_prompts([row])["input_ids"] and one["product_rows"] == [4]
+    assert one["label_ids"] == [tokenizer.encode_products("p4") + [tokenizer.eos_token_id]]
+
+    with pytest.raises(ValueError, match=r'column "products".*Found \[\'profile\', \'queries\'\]'):
+        tokenize_examples({"profile": ["x"], "queries": [["milk"]]}, tokenizer)
+
+
+@one_family
+def test_tokenize_examples_of_sessions_and_titles_together(with_template):
+    """One form for all: what follows each of the label positions is predicted."""
+    tokenizer = with_template(layout="session")
+    rows = [
+        {"task": "title", "product": "p5", "profile": None, "products": None},
+        {"task": "purchase", "product": None, "profile": "x", "products": ["p3", "p4"]},
+        {"task": "describe", "product": "p5", "profile": None, "products": None},
+    ]
+    out = tokenize_examples(columns_of(rows), tokenizer)
+    (session,) = zip(*tokenizer.encode_sessions(rows[1:2]).values(), strict=True)
+    assert tuple(out[name][1] for name in tokenizer.encode_sessions([])) == session
+    prompts = tokenizer.encode_prompts([rows[0], rows[2]])["input_ids"]
+    answers = tokenizer.encode_products("p5"), tokenizer.encode_text("title of 5")
+    for row, prompt, answer, product in zip((0, 2), prompts, answers, (5, -1), strict=True):
+        assert out["input_ids"][row] == prompt + answer
+        assert out["label_positions"][row] == list(range(len(prompt) - 1, len(prompt) + len(answer)))
+        assert out["label_ids"][row] == answer + [tokenizer.eos_token_id]
+        assert out["product_rows"][row] == [product]
+    with pytest.raises(ValueError, match="task='query': a prompt template of layout=\"session\""):
+        tokenize_examples({"task": ["query"], "products": [["p1"]]}, tokenizer)
