@@ -1,11 +1,14 @@
 """The Trainer: fine-tunes a causal language model to answer with SIDs, and evaluates by searching the catalog."""
 
 import contextlib
+import functools
+import os
 
 import evaluate
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 from ..evaluate_metrics import path as metric_path
@@ -13,8 +16,17 @@ from ..modeling.beam_search import MAX_MEMORY, beam_search, default_num_beams
 from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
+from .checkpoints import (
+    checkpoint_to_resume,
+    remove_unfinished,
+    rotate_checkpoints,
+    stream_position,
+    whole_checkpoint,
+    write_arguments,
+)
 from .collator import SIDDataCollator, split_prompts
 from .launching import check_launch, describe_training
+from .lora import add_lora, check_lora, save_lora
 from .losses import SIDVocabulary, answer_loss
 from .packing import check_packing
 from .preparation import prepare_dataset
@@ -51,6 +63,8 @@ class SIDTrainer(Trainer):
             Gets an `EvalPrediction` whose predictions are (product rows, SID rows), both of shape (N, eval_top_k), best
             first and -1 where a list ends, and whose `label_ids` are the product rows bought, of shape (N,). The
             `sid_retrieval` metrics if not given.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Trains an adapter and the SID tokens' rows, and nothing else; see [`~rqsid.trainer.add_lora`].
         **kwargs:
             As `Trainer`.
 
@@ -78,6 +92,7 @@ class SIDTrainer(Trainer):
         processing_class=None,
         data_collator=None,
         compute_metrics=None,
+        peft_config=None,
         **kwargs,
     ):
         # By duck, because a tokenizer that was loaded with trust_remote_code is of another class of the same name.
@@ -111,6 +126,10 @@ class SIDTrainer(Trainer):
                 task: entry for task, entry in model.config.custom_pipelines.items() if task != "sid-retrieval"
             } or None
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
+        if peft_config is not None:
+            model = add_lora(model, processing_class, peft_config)
+        elif hasattr(model, "get_base_model"):
+            check_lora(model, processing_class, model.active_peft_config)
         self.max_prompt_length = _max_prompt_length(args, model, processing_class)
         self._limits = self.max_prompt_length, getattr(model.config, "max_position_embeddings", None)
         self._loss_vocabulary = SIDVocabulary(processing_class) if args.loss_normalize == "sid" else None
@@ -157,15 +176,53 @@ class SIDTrainer(Trainer):
         vocabulary = self._loss_vocabulary if training else None
         return prepare_dataset(dataset, name, tokenizer, args, self._limits, vocabulary, training)
 
-    def train(self, *args, **kwargs):
-        """As `Trainer.train`."""
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        As `Trainer.train`. `resume_from_checkpoint=True` goes on from the newest checkpoint in `args.output_dir` that is whole.
+
+        Raises:
+            `ValueError`: if the checkpoint is not whole, or there is none.
+        """
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        remove_unfinished(self.args.output_dir, self.args.should_save)
         # transformers 5.23 marks a model that was evaluated first as prepared, and would then train it without DDP, each
         # process on its own.
         if self.model_wrapped is self.model and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self.model._is_accelerate_prepared = False
         if self.is_world_process_zero():
             logger.info(describe_training(self))
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
+            return position
+        return stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
+
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with whole_checkpoint(folder, self.args):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        if self.args.should_save:
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # As Trainer's, which pickles the arguments in the end, tokens included.
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save and not self.is_distributed_loading_by_transformers:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        save = functools.partial(save_lora, model) if hasattr(model, "get_base_model") else model.save_pretrained
+        save(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            self.processing_class.save_pretrained(output_dir)
+            write_arguments(self.args, output_dir)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As `Trainer.evaluate`; `eval_dataset` may hold raw purchases."""
