@@ -121,8 +121,8 @@ def _standardized_centroids(tokenizer, new_ids):
 def _mean_of_rows(matrix, ids):
     """The mean of some of a matrix's rows. Shape: (H,)."""
     total = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    for chunk in ids.split(max(1, CHUNK_BYTES // (8 * matrix.shape[1]))):
-        total += matrix[chunk.to(matrix.device)].cpu().double().sum(0)
+    for chunk in ids.split(max(1, CHUNK_BYTES // (4 * matrix.shape[1]))):
+        total += matrix[chunk.to(matrix.device)].cpu().float().sum(0)
     return (total / len(ids)).float()
 
 
