@@ -1,59 +1,65 @@
 """
 Fine-tunes a Llama, Baichuan 2 or Qwen2 checkpoint on purchases, with any engine that accelerate knows.
 
-    python examples/finetune/finetune.py --model Qwen/Qwen1.5-0.5B --tokenizer my-tokenizer \
-        --train train.parquet --validation validation.parquet --output_dir my-model --eval_strategy epoch
+    python examples/finetune/finetune.py config.yaml --learning_rate 1e-5
+    accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml \
+        examples/finetune/finetune.py config.yaml
 
-    accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml examples/finetune/finetune.py ...
-
-`--tokenizer` is a folder or a Hub repository that a SIDTokenizer was saved to. Purchases are parquet, CSV or JSON lines with
-the columns `profile`, `history` (a list of product ids), `query` and `product`, any of the first three in any subset. All
-arguments of SIDTrainingArguments are accepted.
+The YAML file, or the command line, or both, hold the fields of ScriptArguments (config.py) and all of
+SIDTrainingArguments; README.md says what they mean.
 """
 
-from dataclasses import dataclass, field
+import sys
 
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from config import parse_arguments
+from loading import load_model, load_purchases, load_tokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
-from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
-
-FORMATS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json"}
-
-
-@dataclass
-class ScriptArguments:
-    model: str = field(metadata={"help": "Checkpoint, local or on the Hub."})
-    tokenizer: str = field(metadata={"help": "A saved SIDTokenizer, local or on the Hub."})
-    train: str = field(metadata={"help": "Purchases to train on."})
-    validation: str | None = field(default=None, metadata={"help": "Purchases to evaluate on."})
+from rqsid import SIDTrainer
 
 
-def read_purchases(path):
-    suffix = path.rsplit(".", 1)[-1]
-    if suffix not in FORMATS:
-        raise ValueError(f"{path} ends with .{suffix}; purchases are read from {', '.join(FORMATS)} files.")
-    return load_dataset(FORMATS[suffix], data_files=path, split="train")
+def main(argv=None):
+    script, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    tokenizer = load_tokenizer(script.tokenizer)
+    train = load_purchases(script.train, "train", tokenizer, script.streaming)
+    validation = load_purchases(script.validation, "validation", tokenizer) if script.validation else None
+    if script.tasks:
+        from rqsid.trainer import mix_tasks
 
+        train = mix_tasks(train, tokenizer, script.tasks, seed=args.seed)
+    lora = None
+    if script.lora_r is not None:
+        from peft import LoraConfig  # optional: pip install 'rqsid[peft]'
 
-def main():
-    script, args = HfArgumentParser((ScriptArguments, SIDTrainingArguments)).parse_args_into_dataclasses()
+        targets = script.lora_target_modules
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=script.lora_r,
+            lora_alpha=script.lora_alpha,
+            lora_dropout=script.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+        )
     trainer = SIDTrainer(
-        # Whatever the checkpoint has: updates would be lost in half precision. --bf16 computes in it all the same.
-        AutoModelForCausalLM.from_pretrained(script.model, dtype="float32"),
+        load_model(script.model, tokenizer, script.dtype, script.gguf_file),
         args,
-        train_dataset=read_purchases(script.train),
-        eval_dataset=read_purchases(script.validation) if script.validation else None,
-        processing_class=SIDTokenizer.from_pretrained(script.tokenizer),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        **({"peft_config": lora} if lora is not None else {}),
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and script.resume:
+        checkpoint = get_last_checkpoint(args.output_dir)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
-    if script.validation:
+    if validation is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()
+    return trainer
 
 
 if __name__ == "__main__":
