@@ -2,8 +2,6 @@
 
 from itertools import islice
 
-import numpy as np
-
 from .prompts import SID, Title, flatten_text
 
 # Letters that no template changes, and that stand in none.
@@ -233,7 +231,13 @@ def _cut_title(tokenizer, prefix, head, room):
 
 def _num_fitting(units, room):
     """How many of the latest units take at most `room` tokens."""
-    return int(np.searchsorted(np.cumsum([len(unit) for unit in reversed(units)]), room, side="right"))
+    count = 0
+    for unit in reversed(units):
+        room -= len(unit)
+        if room < 0:
+            break
+        count += 1
+    return count
 
 
 def _encode(tokenizer, prompts):
@@ -244,29 +248,57 @@ def _encode(tokenizer, prompts):
     Returns:
         `list[tuple[list[int], list[list[int]], list[int]]]`: per prompt the tokens of head, of each unit, and of the tail.
     """
-    groups = [group for prompt in prompts for group in (prompt.head, *prompt.units, prompt.tail)]
-    pieces = iter(_encode_pieces(tokenizer, [piece for group in groups for piece in group]))
-    tokens = iter([[token for _ in group for token in next(pieces)] for group in groups])
-    return [(next(tokens), [next(tokens) for _ in prompt.units], next(tokens)) for prompt in prompts]
+    prompts, pieces = _write_titles(tokenizer.catalog, prompts), []
+    for head, units, tail in prompts:
+        pieces += head
+        for unit in units:
+            if type(unit) is list:
+                pieces += unit
+            else:
+                pieces.append(unit)
+        pieces += tail
+    encoded = iter(_encode_pieces(tokenizer, pieces))
+
+    def tokens_of(group):
+        if type(group) is not list:
+            return next(encoded)
+        return [token for _ in group for token in next(encoded)]
+
+    return [(tokens_of(head), [tokens_of(unit) for unit in units], tokens_of(tail)) for head, units, tail in prompts]
+
+
+def _write_titles(catalog, prompts):
+    """The prompts with texts in the place of titles, which stand in units only, and SIDs where there is none."""
+    named = [
+        piece.product_id
+        for prompt in prompts
+        for unit in prompt.units
+        for piece in (unit if type(unit) is list else (unit,))
+        if type(piece) is Title
+    ]
+    if not named:
+        return prompts
+    titles = iter(product_titles(catalog, named))
+
+    def written(unit):
+        pieces = []
+        for piece in unit if type(unit) is list else (unit,):
+            if type(piece) is not Title:
+                pieces.append(piece)
+            elif title := next(titles):
+                pieces.append(piece.lead + title)
+            else:
+                # A space before a SID would become a token of its own.
+                pieces += [piece.lead.rstrip(" ")] + ([SID(piece.product_id)] if piece.or_sid else [])
+        return pieces
+
+    return [prompt._replace(units=[written(unit) for unit in prompt.units]) for prompt in prompts]
 
 
 def _encode_pieces(tokenizer, pieces):
-    """Token ids of each piece, which depend on nothing but the piece: one batch of titles, one of SIDs, one of texts."""
-    named = [piece.product_id for piece in pieces if isinstance(piece, Title)]
-    titles = iter(product_titles(tokenizer.catalog, named) if named else [])
-    parts = []
-    for piece in pieces:
-        if isinstance(piece, Title):
-            title = next(titles)
-            # A space before a SID would become a token of its own.
-            text = piece.lead + title if title else piece.lead.rstrip(" ")
-            parts.append((text, piece.product_id if piece.or_sid and not title else None))
-        elif isinstance(piece, SID):
-            parts.append((None, piece.product_id))
-        else:
-            parts.append((piece, None))
-    sids = iter(tokenizer.encode_products([product for _, product in parts if product is not None]))
+    """Token ids of each text and SID, which depend on nothing else: one batch of SIDs, and one of texts."""
+    sids = iter(tokenizer.encode_products([piece for piece in pieces if type(piece) is SID]))
     # Labels, and titles of popular products, recur.
-    unique = list(dict.fromkeys(text for text, _ in parts if text is not None))
+    unique = list(dict.fromkeys(piece for piece in pieces if type(piece) is not SID))
     texts = dict(zip(unique, tokenizer.encode_text(unique), strict=True))
-    return [texts.get(text, []) + (next(sids) if product is not None else []) for text, product in parts]
+    return [next(sids) if type(piece) is SID else texts[piece] for piece in pieces]

@@ -9,10 +9,10 @@ TASKS = ("purchase", "history", "query", "title", "describe")
 CHOICES = {"history_format": ("sid", "title", "both"), "layout": ("purchase", "session")}
 
 
-class SID(NamedTuple):
-    """The place of a product's SID in a prompt."""
+class SID(str):
+    """The place of a product's SID in a prompt, by the product's id. One for each product of a history: so no container."""
 
-    product_id: str
+    __slots__ = ()
 
 
 class Title(NamedTuple):
@@ -31,7 +31,7 @@ class Pieces(NamedTuple):
     What a prompt is made of: texts (`str`), [`SID`] and [`Title`], each encoded on its own.
 
     `head` and `tail` always stand; of `units`, the products of a history or the purchases of a session, the oldest are left out
-    where the prompt would get too long.
+    where the prompt would get too long. A unit is one piece, or a list of some.
     """
 
     head: list
@@ -238,12 +238,13 @@ class PromptTemplate:
             return Pieces([head], units, [texts[-1]])
         before, history, after = self.split(example)
         lead = self.history_separator
-        units = {
-            "sid": lambda product: [SID(product)],
-            "title": lambda product: [Title(lead, product, or_sid=True)],
-            "both": lambda product: [Title(lead, product, or_sid=False), SID(product)],
-        }[self.history_format]
-        return Pieces([before], [units(product) for product in history], [after])
+        if self.history_format == "sid":
+            units = [SID(product) for product in history]
+        elif self.history_format == "title":
+            units = [Title(lead, product, or_sid=True) for product in history]
+        else:
+            units = [[Title(lead, product, or_sid=False), SID(product)] for product in history]
+        return Pieces([before], units, [after])
 
     def split(self, example):
         """
@@ -360,7 +361,11 @@ def _product_list(name, value):
         return [value]
     if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"Field {name!r} must be a list of product ids, got {type(value).__name__}: {value!r}.")
-    return list(value)
+    value = list(value)
+    for entry in value:
+        if not isinstance(entry, str):
+            raise TypeError(f"Field {name!r} holds {entry!r}, which is {type(entry).__name__} and not a string.")
+    return value
 
 
 def flatten_text(name, value):

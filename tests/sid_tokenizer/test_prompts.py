@@ -133,8 +133,8 @@ def test_values_of_a_template_are_checked_by_name(options, error, message):
 def test_pieces_of_a_history():
     example = {"profile": "x", "history": ["p1", "p2"], "query": "milk"}
     expected = {
-        "sid": [[SID("p1")], [SID("p2")]],
-        "title": [[Title("\n- ", "p1", True)], [Title("\n- ", "p2", True)]],
+        "sid": [SID("p1"), SID("p2")],
+        "title": [Title("\n- ", "p1", True), Title("\n- ", "p2", True)],
         "both": [[Title("\n- ", "p1", False), SID("p1")], [Title("\n- ", "p2", False), SID("p2")]],
     }
     for history_format, units in expected.items():
@@ -194,10 +194,14 @@ def test_pieces_of_tasks():
     whole = template.pieces(example)
     assert template.pieces(example | {"task": "purchase"}) == template.pieces(example | {"task": None}) == whole
     pieces = {task: template.pieces(example | {"task": task}) for task in TASKS[1:]}
-    assert pieces["history"] == (["Profile: x\nHistory:"], [[SID("p1")]], ["\nProduct:"])
+    assert pieces["history"] == (["Profile: x\nHistory:"], [SID("p1")], ["\nProduct:"])
     assert pieces["query"] == (["Query: milk\nProduct:"], [], [""])
     assert pieces["title"] == (["Name: Milk 1l"], [], ["\nProduct:"])
-    assert pieces["describe"] == (["Product:", SID("p9"), "\nName:"], [], [])
+    assert type(pieces["describe"].head[1]) is SID and pieces["describe"] == (
+        ["Product:", SID("p9"), "\nName:"],
+        [],
+        [],
+    )
 
 
 @pytest.mark.parametrize(
