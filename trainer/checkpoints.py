@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, sort_checkpoints
+from transformers.utils import PushInProgress, hf_api, logging
 
 from ..sid_tokenizer.files import read_json, write_json
 from .training_args import SIDTrainingArguments
@@ -19,8 +19,13 @@ logger = logging.get_logger(__name__)
 
 MANIFEST, ARGUMENTS, TRAINER_STATE = "sid_checkpoint.json", "training_args.json", "trainer_state.json"
 FORMAT_VERSION = 1
-# What is being made or deleted lies in folders of this name, which nobody takes for checkpoints.
-TEMPORARY = ".sid_checkpoint-"
+# Of a checkpoint's files, those of the model, or of its adapter.
+MODEL_FILE = re.compile(
+    r"(config|generation_config|adapter_config)\.json|(model|adapter_model)[^/]*\.safetensors(\.index\.json)?"
+)
+# What is being made or deleted lies in folders of this name, which nobody takes for checkpoints, and nobody pushes: Trainer
+# leaves out what begins with an underscore.
+TEMPORARY = "_sid_checkpoint-"
 
 
 # Saving
@@ -142,6 +147,60 @@ def rotate_checkpoints(folder, save_total_limit, best_model_checkpoint=None):
     for path in others[: max(0, len(whole) - max(save_total_limit, len(protected)))]:
         logger.info(f"Deleting older checkpoint [{path}] due to save_total_limit={save_total_limit}")
         _remove(path)
+
+
+def push_checkpoint(trainer, folder):
+    """
+    Begins to upload a checkpoint, as `Trainer._push_from_checkpoint` of transformers 5.23, which however pickles the arguments,
+    `hub_token` included, into what it uploads.
+
+    Args:
+        trainer ([`SIDTrainer`]):
+            The trainer, whose `output_dir` gets copies of the model's files.
+        folder (`str`):
+            The checkpoint, whole already.
+    """
+    args, state, busy = trainer.args, trainer.state, trainer.push_in_progress
+    if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        return
+    if busy is not None and busy.is_done():
+        busy = None
+    if busy is not None and not args.hub_always_push:
+        return
+    trainer.callback_handler.on_push_begin(args, state, trainer.control)
+    for name in os.listdir(folder):
+        # Copies, since the checkpoint may be deleted before it is uploaded.
+        if MODEL_FILE.fullmatch(name):
+            shutil.copy(os.path.join(folder, name), os.path.join(args.output_dir, name))
+    trainer.processing_class.save_pretrained(args.output_dir)
+    write_arguments(args, args.output_dir)
+    by_steps = args.save_strategy == SaveStrategy.STEPS
+    message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
+    options = {
+        "repo_id": trainer.hub_model_id,
+        "token": args.hub_token,
+        "revision": args.hub_revision,
+        "run_as_future": True,
+    }
+    jobs = [
+        hf_api().upload_folder(
+            folder_path=args.output_dir,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+            commit_message=message,
+            **options,
+        )
+    ]
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else os.path.basename(folder)
+        jobs.append(
+            hf_api().upload_folder(
+                folder_path=folder, path_in_repo=name, commit_message=f"{message}, checkpoint", **options
+            )
+        )
+    if busy is not None:
+        busy.jobs.extend(jobs)
+    else:
+        trainer.push_in_progress = PushInProgress(jobs)
 
 
 # Resuming
