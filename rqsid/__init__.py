@@ -34,7 +34,16 @@ from .sid_tokenizer import (
     split_codes,
     sweep,
 )
-from .trainer import SIDDataCollator, SIDTrainer, SIDTrainingArguments, tokenize_examples
+from .trainer import (
+    SIDDataCollator,
+    SIDTrainer,
+    SIDTrainingArguments,
+    last_checkpoint,
+    load_lora,
+    mix_tasks,
+    read_purchase_log,
+    tokenize_examples,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -63,10 +72,14 @@ __all__ = [
     "diagnose",
     "fast_tokenizer_from_sentencepiece",
     "initialize_sid_rows",
+    "last_checkpoint",
+    "load_lora",
     "metric_path",
+    "mix_tasks",
     "plot_flow",
     "plot_layers",
     "plot_sweep",
+    "read_purchase_log",
     "refit_pruned",
     "save_custom_generate",
     "search",

@@ -1,8 +1,12 @@
+from .checkpoints import check_checkpoint, finish_checkpoint, last_checkpoint, read_arguments
 from .collator import SIDDataCollator, split_prompts
 from .data import tokenize_examples
+from .launching import check_launch, configure_cpu_launch, describe_training
+from .lora import add_lora, load_lora, save_lora
 from .losses import SIDVocabulary, answer_loss
 from .purchase_logs import read_purchase_log
 from .sid_trainer import SIDTrainer, rank_strings
+from .tasks import mix_tasks
 from .training_args import SIDTrainingArguments
 
 __all__ = [
@@ -10,9 +14,20 @@ __all__ = [
     "SIDTrainer",
     "SIDTrainingArguments",
     "SIDVocabulary",
+    "add_lora",
     "answer_loss",
+    "check_checkpoint",
+    "check_launch",
+    "configure_cpu_launch",
+    "describe_training",
+    "finish_checkpoint",
+    "last_checkpoint",
+    "load_lora",
+    "mix_tasks",
     "rank_strings",
+    "read_arguments",
     "read_purchase_log",
+    "save_lora",
     "split_prompts",
     "tokenize_examples",
 ]

@@ -18,6 +18,7 @@ from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
 from .checkpoints import (
     checkpoint_to_resume,
+    push_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
     stream_position,
@@ -211,6 +212,9 @@ class SIDTrainer(Trainer):
             self._push_from_checkpoint(folder)
         if self.args.should_save:
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        push_checkpoint(self, checkpoint_folder)
 
     def _save(self, output_dir=None, state_dict=None):
         # As Trainer's, which pickles the arguments in the end, tokens included.

@@ -13,9 +13,8 @@ import sys
 
 from config import parse_arguments
 from loading import load_model, load_purchases, load_tokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
-from rqsid import SIDTrainer
+from rqsid import SIDTrainer, last_checkpoint, mix_tasks
 
 
 def main(argv=None):
@@ -24,8 +23,6 @@ def main(argv=None):
     train = load_purchases(script.train, "train", tokenizer, script.streaming)
     validation = load_purchases(script.validation, "validation", tokenizer) if script.validation else None
     if script.tasks:
-        from rqsid.trainer import mix_tasks
-
         train = mix_tasks(train, tokenizer, script.tasks, seed=args.seed)
     lora = None
     if script.lora_r is not None:
@@ -50,7 +47,7 @@ def main(argv=None):
 
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and script.resume:
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = last_checkpoint(args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

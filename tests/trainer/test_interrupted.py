@@ -27,7 +27,6 @@ from rqsid.trainer.checkpoints import (
     checkpoint_to_resume,
     finish_checkpoint,
     last_checkpoint,
-    push_checkpoint,
     read_arguments,
     remove_unfinished,
     rotate_checkpoints,
@@ -36,11 +35,6 @@ from rqsid.trainer.checkpoints import (
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tests fork")
 one_family = pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
 KILLED = -signal.SIGKILL
-
-
-class PushingTrainer(SIDTrainer):
-    def _push_from_checkpoint(self, checkpoint_folder):
-        push_checkpoint(self, checkpoint_folder)
 
 
 @pytest.fixture
@@ -424,7 +418,7 @@ def test_whole_checkpoints_are_pushed_without_tokens(make, tmp_path, monkeypatch
 
     def act():
         args = {"push_to_hub": True, "hub_model_id": "m", "hub_token": "hf_secret", "hub_strategy": "checkpoint"}
-        trainer = make(run, PushingTrainer, max_steps=4, save_total_limit=1, **args)
+        trainer = make(run, SIDTrainer, max_steps=4, save_total_limit=1, **args)
         trainer.train()
         (model, names, _, message), (where, checkpoint, siblings, _) = hub.uploads[2:]
         assert model == "" and message == "Training in progress, step 4" and where == "last-checkpoint"
