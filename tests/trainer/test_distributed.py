@@ -1,133 +1,166 @@
-"""The fine-tuning example in one process, in two with DDP, and in two with DeepSpeed ZeRO-2: the same training."""
+"""
+One process, and two under DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2: the same losses, metrics and models, resumed or not.
+
+One launch per engine, by the accelerate configurations and the script of the examples, for models of all three families.
+"""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from distributed_training import FAMILIES, SAVED, STEPS
 from transformers import AutoModelForCausalLM
 
 from rqsid import SIDTokenizer, search
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "examples" / "finetune" / "finetune.py")
-ZERO2 = str(ROOT / "examples" / "accelerate_configs" / "deepspeed_zero2.yaml")
-BIN = Path(sys.executable).parent
-
-LAUNCHES = {
-    "one process": [sys.executable, SCRIPT, "--use_cpu", "--per_device_train_batch_size=8"],
-    "DDP": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--use_cpu"],
-    # accelerate runs DeepSpeed on a CPU only if the script asks for gloo, and not for --use_cpu.
-    "ZeRO-2": [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", ZERO2, "--num_processes=2"),
-        *(SCRIPT, "--ddp_backend=gloo"),
-    ],
+DRIVER = str(ROOT / "tests" / "helpers" / "distributed_training.py")
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+EXTRAS = ["evaluated_first", "early_stopping", "stream"]
+# Names of the configurations, and what the trainer says of itself.
+ENGINES = {
+    "ddp": "2 processes with DDP",
+    "deepspeed_zero1": "2 processes with DeepSpeed ZeRO-1",
+    "deepspeed_zero2": "2 processes with DeepSpeed ZeRO-2",
+    "deepspeed_zero3": "2 processes with DeepSpeed ZeRO-3",
+    "fsdp2": "2 processes with FSDP2",
 }
-
-
-@pytest.fixture
-def inputs(tmp_path, tokenizer, make_tiny_model, make_purchases):
-    """Command-line arguments for a tiny model of the base vocabulary, the tokenizer, and purchases."""
-    make_tiny_model(tokenizer.base_size, initializer_range=0.1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    for name, rows in (("train", make_purchases(48)), ("validation", make_purchases(13, seed=1))):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    paths = {"model": "model", "tokenizer": "tokenizer", "train": "train.jsonl", "validation": "validation.jsonl"}
-    return [f"--{name}={tmp_path / path}" for name, path in paths.items()]
-
-
-EVALUATE_FIRST = """
-import json, sys
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM
-from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
-
-model, tokenizer, train, validation, output, batch_size = sys.argv[1:]
-train, validation = (load_dataset("json", data_files=path, split="train") for path in (train, validation))
-args = SIDTrainingArguments(
-    output, use_cpu=True, per_device_train_batch_size=int(batch_size), max_steps=3, learning_rate=5e-3, logging_steps=1,
-    report_to="none", eval_top_k=5, save_strategy="no", disable_tqdm=True,
-)
-trainer = SIDTrainer(
-    AutoModelForCausalLM.from_pretrained(model), args, train_dataset=train, eval_dataset=validation,
-    processing_class=SIDTokenizer.from_pretrained(tokenizer),
-)
-trainer.evaluate()
-trainer.train()
-if trainer.is_world_process_zero():
-    with open(output + ".json", "w") as file:
-        json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)
+CONFIG = """
+tokenizer: {folder}/tokenizer
+train: {folder}/train.jsonl
+validation: [{folder}/validation.jsonl]
+learning_rate: 5e-3
+max_steps: {steps}
+logging_steps: 1
+eval_strategy: steps
+eval_steps: {saved}
+save_steps: {saved}
+eval_top_k: 10
+per_device_eval_batch_size: 4
+report_to: none
+disable_tqdm: true
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("qwen", "qwen")], indirect=True)
-def test_a_model_that_was_evaluated_first_is_trained_by_all_processes(inputs, tmp_path):
-    """transformers 5.23 would train it without synchronising gradients: the second loss would differ."""
-    (tmp_path / "script.py").write_text(EVALUATE_FIRST)
-    paths = [argument.split("=", 1)[1] for argument in inputs]
-    losses = []
-    for processes, batch_size in ((1, 8), (2, 4)):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        output = str(tmp_path / f"run{processes}")
-        result = subprocess.run(
-            [sys.executable, *launcher, str(tmp_path / "script.py"), *paths, output, str(batch_size)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        losses.append(json.loads(Path(output + ".json").read_text()))
-    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-3)
+@pytest.fixture(scope="module")
+def folder(request, tmp_path_factory, tokenizer, make_purchases):
+    """Models of the base vocabulary, a tokenizer, purchases (13 to evaluate on: 7 and 6 for two processes), arguments."""
+    shared = next(part for part in request.config.pluginmanager.get_plugins() if hasattr(part, "TINY_MODELS"))
+    folder = tmp_path_factory.mktemp("distributed")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for family in FAMILIES:
+        shared.TINY_MODELS[family](tokenizer.base_size, initializer_range=0.1).save_pretrained(folder / family)
+    for name, rows in (("train", make_purchases(49)), ("validation", make_purchases(13, seed=1))):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "config.yaml").write_text(CONFIG.format(folder=folder, steps=STEPS, saved=SAVED), encoding="utf-8")
+    return folder
 
 
-def launch(name, folder, inputs):
-    arguments = ["--per_device_train_batch_size=4"] if name != "one process" else []
-    arguments += [f"--output_dir={folder}", "--num_train_epochs=2", "--learning_rate=5e-3", "--logging_steps=1"]
-    arguments += ["--report_to=none", "--eval_top_k=5", "--per_device_eval_batch_size=4", "--save_strategy=no"]
-    if name == "ZeRO-2":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [*LAUNCHES[name][:3], f"--main_process_port={port}", *LAUNCHES[name][3:]]
-    else:
-        command = LAUNCHES[name]
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """Batches of 8 on one process, where the others have 4 on each of two."""
+    return run([sys.executable, DRIVER, str(folder), "one", "8", *EXTRAS], folder, "one")
+
+
+def launch(engine, folder, *extras):
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CONFIGS / engine}.yaml"]
+    command += ["--num_processes=2", "--main_process_port=0"]
+    return run([*command, DRIVER, str(folder), engine, "4", *extras], folder, engine)
+
+
+def run(command, folder, name):
     # ninja, which DeepSpeed compiles with, lies beside the interpreter.
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        [*command, *inputs, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "HF_HOME": str(folder / "hf")},
-    )
-    assert result.returncode == 0, f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    metrics = json.loads((folder / "eval_results.json").read_text())
-    losses = [float(piece.split("'")[3]) for piece in result.stdout.split("\n") if piece.strip().startswith("{'loss'")]
-    return losses, metrics
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"OMP_NUM_THREADS": "1", "PATH": path, "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    log = folder / f"{name}.log"
+    with open(log, "w") as file:
+        # Its own session, so that a launch that hangs is ended with all that it started.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=600)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            status = "no end within 600 s"
+    assert status == 0, f"{name}: {status}\n{log.read_text()[-6000:]}"
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def check(found, expected, engine, folder):
+    tokenizer = SIDTokenizer.from_pretrained(folder / "tokenizer")
+    for family in FAMILIES:
+        result, one = found[family], expected[family]
+        assert result["line"].startswith(f"Training on {ENGINES[engine]}: ")
+        # Gradients that were not averaged would show in the second loss.
+        assert len(one["losses"]) == STEPS and one["losses"][-1] < one["losses"][0] - 0.5
+        assert result["losses"] == pytest.approx(one["losses"], abs=1e-3), (engine, family)
+        assert result["resumed"] == pytest.approx(one["losses"][SAVED:], abs=1e-3), (engine, family)
+        for name, value in one["metrics"].items():
+            if name != "eval_loss":  # of which Trainer counts the rows that fill up the last batch
+                assert result["metrics"][name] == pytest.approx(value, abs=1e-6), (engine, family, name)
+                assert result["resumed_metrics"][name] == pytest.approx(value, abs=1e-6), (engine, family, name)
+        assert result["metrics"]["eval_num_rows"] == 13 and result["metrics"]["eval_item_recall@10"] > 0
+        rankings = [
+            rank(folder / name / run, tokenizer)
+            for name, run in (("one", family), (engine, family), (engine, f"{family}-resumed"))
+        ]
+        assert rankings[0] == rankings[1] == rankings[2], (engine, family)
+
+
+def rank(folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.architectures == [type(model).__name__]
+    prompts = [{"query": "potato chips"}, {"query": "bottle", "history": ["p3", "p8"]}, {"query": "fresh milk"}]
+    found = search(model, tokenizer, prompts, top_k=5)
+    assert [len(ranked) for ranked in found] == [5, 5, 5]
+    return [[entry["product_id"] for entry in ranked] for ranked in found]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
-def test_two_processes_train_as_one(inputs, tmp_path):
-    runs = {name: launch(name, tmp_path / name.replace(" ", "-"), inputs) for name in LAUNCHES}
-    losses, metrics = runs["one process"]
-    assert len(losses) == 12 and losses[-1] < losses[0]  # 48 rows, 8 a step, 2 epochs
-    for name, (other_losses, other_metrics) in runs.items():
-        # Half the steps of a process that trains alone on its half of the batch would be 24.
-        assert other_losses == pytest.approx(losses, abs=1e-3), name
-        for key in ("eval_num_rows", "eval_item_recall@5", "eval_item_mrr", "eval_sid_mrr"):
-            if key in metrics:
-                assert other_metrics[key] == pytest.approx(metrics[key], abs=1e-6), (name, key)
+@pytest.mark.parametrize("base_tokenizer", ["llama"], indirect=True)
+class TestEngines:
+    def test_one_process(self, one_process):
+        """What the engines are compared with learns, stops early and goes on from its checkpoints."""
+        for family in FAMILIES:
+            result = one_process[family]
+            assert result["line"].startswith("Training on 1 process with no engine: ")
+            assert result["resumed"] == pytest.approx(result["losses"][SAVED:], abs=1e-5)
+            assert result["resumed_metrics"] == pytest.approx(result["metrics"])
 
-    rankings = []
-    for name in runs:
-        folder = str(tmp_path / name.replace(" ", "-"))
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), SIDTokenizer.from_pretrained(folder)
-        ranked = search(model, tokenizer, [{"query": "potato chips"}], top_k=5)[0]
-        rankings.append([entry["product_id"] for entry in ranked])
-    assert rankings[0] == rankings[1] == rankings[2]
+    def test_ddp(self, folder, one_process):
+        found = launch("ddp", folder, *EXTRAS, "refusals")
+        check(found, one_process, "ddp", folder)
+
+        # transformers 5.23 alone would train a model that was evaluated first without synchronising gradients
+        assert len(found["evaluated_first"]) == 3
+        assert found["evaluated_first"] == pytest.approx(one_process["evaluated_first"], abs=1e-3)
+
+        # early stopping two evaluations after the best one, which is what is left
+        stopped = found["early_stopping"]
+        assert stopped["recalls"] == pytest.approx(one_process["early_stopping"]["recalls"])
+        recalls = stopped["recalls"]
+        best = recalls.index(max(recalls))
+        assert len(recalls) == best + 3 < 30 and stopped["best"] == f"checkpoint-{2 * (best + 1)}"
+        assert stopped["loaded"] == pytest.approx(max(recalls)) and min(recalls) < max(recalls)
+
+        # 49 rows of a stream: no process waits for the other, and what one trains on the other does not
+        first, second = ([{tuple(row) for row in batch} for batch in rows] for rows in found["stream"]["rows"])
+        assert len(first) == len(second) == 8 and found["stream"]["same"]
+        assert all(a != b for a, b in zip(first, second, strict=True))
+
+        refused = found["refusals"]
+        assert refused.pop("DDP --use_cpu") == ""
+        assert "each would train alone" in refused.pop("torchrun without --use_cpu")
+        assert "each would train alone" in refused.pop("FSDP without --use_cpu")
+        assert "synchronise nothing" in refused.pop("torchrun --ddp_backend gloo")
+        assert "synchronise nothing" in refused.pop("FSDP --ddp_backend gloo")
+        assert "plain DDP" in refused.pop("FSDP --use_cpu") and "plain DDP" in refused.pop("--fsdp --use_cpu")
+        assert not refused
+
+    @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "ddp"])
+    def test_sharded(self, engine, folder, one_process):
+        check(launch(engine, folder), one_process, engine, folder)
