@@ -46,14 +46,6 @@ def plain(base, tokenizer):
     return model
 
 
-class LoraTrainer(SIDTrainer):
-    """Saves adapters by [`save_lora`]."""
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        save_lora(self.model, output_dir or self.args.output_dir, state_dict)
-
-
 @pytest.fixture
 def train(tokenizer, make_purchases, tmp_path):
     """`train(model, **args)`: the trainer, after it has trained."""
@@ -61,7 +53,7 @@ def train(tokenizer, make_purchases, tmp_path):
     def train(model, resume=None, evaluation=None, init=None, **args):
         args = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none", "max_steps": 4} | args
         args = {"learning_rate": 0.02, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True} | args
-        trainer = LoraTrainer(
+        trainer = SIDTrainer(
             model,
             SIDTrainingArguments(per_device_train_batch_size=4, eval_top_k=5, **args),
             train_dataset=Dataset.from_list(make_purchases(24)),
