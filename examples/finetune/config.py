@@ -109,8 +109,7 @@ def _convert(name, value, action):
         ]
     if isinstance(value, list):
         return value
-    takes_bool = action.type is string_to_bool or action.type not in (int, float, str) and not isinstance(value, str)
-    if isinstance(value, bool) and not takes_bool:
+    if isinstance(value, bool) and action.type is not string_to_bool:
         raise ValueError(f'{name} is {value}, to YAML, which reads yes, no, on and off so. Quote the word: "no".')
     try:
         # action.type(True) would take a word for it.
