@@ -36,12 +36,26 @@ def answer_loss(logits, labels, loss_type="cross_entropy", gamma=1.0, label_smoo
     Returns:
         `torch.Tensor` (float32): a scalar. 0 where no token has a label.
     """
+    losses = token_losses(logits, labels, loss_type, gamma, label_smoothing)
+    if num_items is None:
+        num_items = (labels != IGNORED).sum().clamp_min(1)
+    return losses.sum() / num_items
+
+
+def token_losses(logits, labels, loss_type="cross_entropy", gamma=1.0, label_smoothing=0.0):
+    """
+    Args:
+        As [`answer_loss`].
+
+    Returns:
+        `torch.Tensor` (float32): the loss of each token, 0 where there is no label. Shape: (...).
+    """
     has_label = labels != IGNORED
-    logits, labels = logits[has_label].float(), labels[has_label]
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    logits, known = logits[has_label].float(), labels[has_label]
+    losses = F.cross_entropy(logits, known, reduction="none", label_smoothing=label_smoothing)
     if loss_type != "cross_entropy" and len(losses):
-        losses = losses * _weights(logits.detach(), labels, loss_type, gamma)
-    return losses.sum() / (max(len(losses), 1) if num_items is None else num_items)
+        losses = losses * _weights(logits.detach(), known, loss_type, gamma)
+    return losses.new_zeros(labels.shape).masked_scatter(has_label, losses)
 
 
 def _weights(logits, labels, loss_type, gamma):

@@ -25,10 +25,10 @@ from .checkpoints import (
     whole_checkpoint,
     write_arguments,
 )
-from .collator import SIDDataCollator, split_prompts
+from .collator import IGNORED, SIDDataCollator, split_prompts
 from .launching import check_launch, describe_training
 from .lora import add_lora, check_lora, save_lora
-from .losses import SIDVocabulary, answer_loss
+from .losses import SIDVocabulary, answer_loss, token_losses
 from .packing import check_packing
 from .preparation import prepare_dataset
 from .training_args import SIDTrainingArguments
@@ -134,6 +134,11 @@ class SIDTrainer(Trainer):
         self.max_prompt_length = _max_prompt_length(args, model, processing_class)
         self._limits = self.max_prompt_length, getattr(model.config, "max_position_embeddings", None)
         self._loss_vocabulary = SIDVocabulary(processing_class) if args.loss_normalize == "sid" else None
+        self._loss_options = {
+            "loss_type": args.loss_type,
+            "gamma": args.loss_gamma,
+            "label_smoothing": args.label_smoothing_factor,
+        }
         self._head, self._is_evaluating = None, False
         self._metric = None
 
@@ -273,35 +278,44 @@ class SIDTrainer(Trainer):
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         else:
-            logits = outputs.logits
-            if self._loss_vocabulary is not None:
-                logits, labels = self._loss_vocabulary.to(labels.device).narrow(logits, labels)
             loss = answer_loss(
-                logits,
-                labels,
-                self.args.loss_type,
-                self.args.loss_gamma,
-                self.args.label_smoothing_factor,
-                num_items_in_batch,
+                *self._narrowed(outputs.logits, labels), **self._loss_options, num_items=num_items_in_batch
             )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The items are those of all processes, whose gradients are averaged and not added up.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
+    def _narrowed(self, logits, labels):
+        if self._loss_vocabulary is None:
+            return logits, labels
+        return self._loss_vocabulary.to(labels.device).narrow(logits, labels)
+
     def evaluation_loop(self, *args, **kwargs):
         """As `Trainer.evaluation_loop`; the rows of the output layer are gathered or merged once for all batches."""
-        self._is_evaluating = True
+        self._is_evaluating, self._loss_sums = True, []
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
         finally:
             self._head, self._is_evaluating = None, False
+        if self._loss_sums:
+            # Trainer takes the mean of batches, whatever they hold; of processes the last ones hold rows twice.
+            total, num_tokens = torch.cat(self._loss_sums).double().sum(0).tolist()
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = total / max(num_tokens, 1)
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         num_items = self._get_num_items_in_batch([inputs], self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items).detach().mean()
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
+            loss = loss.detach().mean()
+            if self._is_evaluating and self.compute_loss_func is None:
+                losses = token_losses(*self._narrowed(outputs.logits, inputs["labels"]), **self._loss_options)
+                sums = torch.stack([losses.sum(1), (inputs["labels"] != IGNORED).sum(1)], 1)
+                self._loss_sums.append(self.accelerator.gather_for_metrics(sums).cpu())
+            del outputs
         if prediction_loss_only:
             return loss, None, None
         if "product_rows" not in inputs:

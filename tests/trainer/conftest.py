@@ -74,7 +74,8 @@ def make_trainer(tokenizer, make_purchases, tmp_path):
         datasets = {
             name: Dataset.from_list(rows) if isinstance(rows, list) else rows for name, rows in datasets.items()
         }
-        return SIDTrainer(model, SIDTrainingArguments(**args), processing_class=tokenizer, **datasets, **(init or {}))
+        init = {"processing_class": tokenizer} | (init or {})
+        return SIDTrainer(model, SIDTrainingArguments(**args), **datasets, **init)
 
     yield make
     tokenizer.prompt_template.max_length = None  # a trainer leaves its own; the tokenizer serves all tests
