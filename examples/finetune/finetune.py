@@ -9,6 +9,7 @@ The YAML file, or the command line, or both, hold the fields of ScriptArguments 
 SIDTrainingArguments; README.md says what they mean.
 """
 
+import logging
 import sys
 
 from config import parse_arguments
@@ -19,6 +20,9 @@ from rqsid import SIDTrainer, last_checkpoint, mix_tasks
 
 def main(argv=None):
     script, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # The line that says what trains, once.
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("rqsid").setLevel(logging.INFO if args.should_log else logging.WARNING)
     tokenizer = load_tokenizer(script.tokenizer)
     train = load_purchases(script.train, "train", tokenizer, script.streaming)
     validation = load_purchases(script.validation, "validation", tokenizer) if script.validation else None
