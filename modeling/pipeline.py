@@ -148,6 +148,11 @@ class SIDRetrievalPipeline(Pipeline):
                 f"An example must be a dict with values for {self.tokenizer.prompt_template.fields}, or a text for the query, "
                 f"got {type(input_).__name__}."
             )
+        if self.tokenizer.prompt_template.layout == "session" and "products" in input_ and "history" not in input_:
+            raise ValueError(
+                "The example has products and no history. Here `products` are those that may be returned; give what a session "
+                "holds so far as `history` (a list of product ids, `[]` for none)."
+            )
         example = {name: value for name, value in input_.items() if name not in EXAMPLE_OPTIONS}
         options = {name: input_.get(name) for name in EXAMPLE_OPTIONS}
         if options["products"] is not None:

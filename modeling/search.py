@@ -305,12 +305,15 @@ def _prompt_ids(tokenizer, inputs, max_length: int | None) -> list[list[int]]:
 
 def _warn_of_unread_keys(tokenizer, inputs) -> None:
     """A misspelt field would be left out of the prompt without a word."""
-    fields = set(tokenizer.prompt_template.fields)
-    keys = set().union(*inputs)
-    if fields - keys and keys - fields - {"product"}:
+    template = tokenizer.prompt_template
+    # What another task than a purchase reads is its own.
+    keys = set().union(*(example for example in inputs if template.task_of(example) == "purchase"))
+    fields = set(template.example_keys())
+    others = keys - fields - {"product", "task"}
+    if fields - keys and others:
         logger.warning_once(
-            f"The examples have no {sorted(fields - keys)}, which the prompt has a place for, and their "
-            f"{sorted(keys - fields - {'product'})} are not used."
+            f"The examples have no {sorted(fields - keys)}, which the prompt has a place for, and their {sorted(others)} are not "
+            "used."
         )
 
 

@@ -89,7 +89,7 @@ class SearchEngine:
             `RequestRefused`: for an unknown segment or product, a field the model knows nothing of, no field at all, or texts
                 longer than the model reads.
         """
-        strangers = sorted(set(example) - set(self.tokenizer.prompt_template.fields))
+        strangers = sorted(set(example) - set(self.tokenizer.prompt_template.example_keys()))
         if strangers:
             raise RequestRefused(f"This model was trained without {', '.join(strangers)}: leave it out.")
         if segment is not None and segment not in self.segments:

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from transformers import pipeline
 
 from rqsid import PromptTemplate, SIDTokenizer, SIDTrainer, SIDTrainingArguments, search
 from rqsid.trainer import tokenize_examples
@@ -164,3 +165,21 @@ def test_long_sessions_lose_their_oldest_purchases_and_say_so(model, sessions_to
     assert f"train prompts exceeded {limit} tokens" in caplog.text
     kept = [len(row["input_ids"]) for row in trainer.train_dataset.to_list()]
     assert max(kept) <= limit + sessions_tokenizer.max_sid_length and max(kept) < max(lengths)
+
+
+@llama
+def test_sessions_are_searched_and_served(model, sessions_tokenizer, caplog):
+    session = {"profile": {"age": "35-44"}, "queries": ["fresh milk", "cookies"], "products": ["p3"]}
+    with caplog.at_level("WARNING"):
+        found = search(model, sessions_tokenizer, [session], top_k=3)
+        search(model, sessions_tokenizer, [{"task": "describe", "product": "p3"}], top_k=1)
+    assert "are not used" not in caplog.text
+    retrieve = pipeline("sid-retrieval", model=model, tokenizer=sessions_tokenizer)
+    request = {"profile": {"age": "35-44"}, "queries": ["fresh milk", "cookies"], "history": ["p3"]}
+    ranked = retrieve(request, top_k=3)
+    assert [entry["product_id"] for entry in ranked] == [entry["product_id"] for entry in found[0]]
+    only = retrieve(request | {"products": ["p7", "p9"]}, top_k=3)
+    assert {entry["product_id"] for entry in only} == {"p7", "p9"}
+    # What was bought would be taken for what may be returned.
+    with pytest.raises(ValueError, match="products and no history"):
+        retrieve(session, top_k=3)
