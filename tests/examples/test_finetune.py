@@ -272,3 +272,28 @@ def test_activations_against_what_autograd_saves(modules, tiny_llama):
     estimate = modules["estimate_memory"].activation_bytes(config, 2, 96, 0, False)
     assert 0.5 < measured / estimate < 2
     assert modules["estimate_memory"].activation_bytes(config, 2, 96, 0, True) < 0.45 * estimate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_adapters_tasks_and_resuming(modules, tokenizer, tiny_llama, tmp_path, streaming, caplog):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_llama(tokenizer.base_size).save_pretrained(tmp_path / "model")
+    write(tmp_path, "train.jsonl", ROWS * 8)
+    arguments = [f"--{name}={tmp_path}/{file}" for name, file in (("model", "model"), ("tokenizer", "tokenizer"))]
+    arguments += [f"--train={tmp_path}/train.jsonl", f"--validation={tmp_path}/train.jsonl", "--report_to=none"]
+    arguments += [f"--output_dir={tmp_path}/run", "--eval_top_k=4", "--save_steps=1", "--logging_steps=1", "--resume"]
+    arguments += ["--lora_r=2", "--lora_target_modules=all-linear", f"--streaming={streaming}"]
+    arguments += ["--tasks", '{"purchase": 2, "query": 1}', "--disable_tqdm=true"]
+    with caplog.at_level("INFO", logger="rqsid"):
+        first = modules["finetune"].main([*arguments, "--max_steps=2"])  # nothing to resume from
+    assert sum("Training on 1 process with no engine" in record.message for record in caplog.records) == 1
+    assert type(first.model).__name__.startswith("Peft")
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+
+    second = modules["finetune"].main([*arguments, "--max_steps=3"])
+    log = [entry for entry in second.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in log[:2]] == losses and log[2]["step"] == 3
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"adapter_model.safetensors", "sid_manifest.json", "train_results.json", "eval_results.json"} <= files

@@ -16,7 +16,7 @@ FAMILIES = ("llama", "qwen", "baichuan")
 STEPS, SAVED = 6, 3
 
 
-def train_families(folder, name, batch_size):
+def train_families(folder, name, batch_size, families=FAMILIES):
     """Each family trained in one go, and again from a checkpoint in the middle."""
     sys.path.insert(0, str(EXAMPLE))
     import finetune
@@ -24,19 +24,15 @@ def train_families(folder, name, batch_size):
     from rqsid.trainer.launching import describe_training
 
     results = {}
-    for family in FAMILIES:
+    for family in families:
         output = f"{folder}/{name}/{family}"
         config = [f"{folder}/config.yaml", f"--model={folder}/{family}", f"--per_device_train_batch_size={batch_size}"]
         whole = finetune.main([*config, f"--output_dir={output}"])
-        log, line, metrics = whole.state.log_history, describe_training(whole), last_metrics(whole.state.log_history)
-        result = {"losses": losses(log), "metrics": metrics, "line": line}
-        del whole
-        resumed = finetune.main(
-            [*config, f"--output_dir={output}-resumed", f"--resume_from_checkpoint={output}/checkpoint-{SAVED}"]
-        )
-        log = resumed.state.log_history
-        result |= {"resumed": losses(log)[-(STEPS - SAVED) :], "resumed_metrics": last_metrics(log)}
-        results[family] = result
+        log, line = whole.state.log_history, describe_training(whole)
+        resume = f"--resume_from_checkpoint={output}/checkpoint-{SAVED}"
+        resumed = finetune.main([*config, f"--output_dir={output}-resumed", resume]).state.log_history
+        results[family] = {"losses": losses(log), "metrics": last_metrics(log), "line": line}
+        results[family] |= {"resumed": losses(resumed)[SAVED - STEPS :], "resumed_metrics": last_metrics(resumed)}
     return results
 
 
@@ -71,6 +67,12 @@ def make_trainer(folder, output, batch_size, family="qwen", stream=False, callba
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+
+
+def zero1(folder, name, batch_size):
+    """The configuration of ZeRO-1 differs from that of ZeRO-2 by the stage, of which processes learn by this variable."""
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "1"
+    return train_families(folder, "deepspeed_zero1", batch_size, FAMILIES[:1])
 
 
 def evaluated_first(folder, name, batch_size):
