@@ -73,8 +73,9 @@ def launch(engine, folder, *extras):
 
 
 def run(command, folder, name):
-    # ninja, which DeepSpeed compiles with, lies beside the interpreter.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # ninja, which DeepSpeed compiles with, lies beside the interpreter; one that is found anyway comes first, because another
+    # version would compile what the other tests have compiled anew.
+    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
     environment = {"OMP_NUM_THREADS": "1", "PATH": path, "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""}
     log = folder / f"{name}.log"
     with open(log, "w") as file:
