@@ -323,6 +323,11 @@ class SIDTrainer(Trainer):
                 "Rows lack product_rows, the products bought, which rankings are compared with. Map the dataset with "
                 "tokenize_examples, or set prediction_loss_only=True."
             )
+        if (inputs["product_rows"] < 0).any():
+            raise ValueError(
+                'Rows of the task "describe" are answered with text, not with a product that could be ranked. Leave them out of '
+                "the dataset that is evaluated, or set prediction_loss_only=True."
+            )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
         trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)

@@ -94,6 +94,10 @@ def test_answers_in_text_have_no_sid_vocabulary(model, tokenizer, base_tokenizer
         make(mixed.to_iterable_dataset(), loss_normalize="sid").train()
     trainer = make(mixed)
     trainer.train()
+    with pytest.raises(ValueError, match='task "describe".*prediction_loss_only=True'):
+        trainer.evaluate(mixed)
+    trainer.args.prediction_loss_only = True
+    assert trainer.evaluate(mixed)["eval_loss"] > 0
     assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
