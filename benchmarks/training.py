@@ -32,7 +32,7 @@ SETTINGS = [
     ("Qwen1.5-0.5B", 6, 256, 8, False),
     ("Qwen1.5-0.5B", 6, 512, 4, False),
     ("Qwen1.5-0.5B", 12, 256, 8, False),
-    ("Qwen1.5-0.5B", 12, 256, 8, True),
+    ("Qwen1.5-0.5B", 12, 256, 16, True),
     ("Qwen1.5-0.5B", 24, 256, 4, False),
 ]
 GPU_SETTINGS = [
