@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not taken: a list of their files is written last, and resuming goes by it."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -258,8 +259,9 @@ def stream_position(folder, gradient_accumulation_steps):
         `tuple[int, int]`: passes that are over, and batches that were taken in the current one.
     """
     state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE))
-    # Without a length, an "epoch" is as long as the whole training, but the integral part counts passes.
-    passes = int(state.epoch)
+    # Without a length, an "epoch" is as long as the whole training, but the integral part counts passes. A pass is over when the
+    # next one takes a batch: 1.0 is a training that ended within its first pass.
+    passes = max(0, math.ceil(state.epoch) - 1)
     return passes, round((state.epoch - passes) * state.max_steps * gradient_accumulation_steps)
 
 

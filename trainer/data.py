@@ -35,8 +35,13 @@ def tokenize_examples(examples, tokenizer, max_prompt_length=None):
     if template.layout == "session" and (has_tasks or "product" not in examples):
         return _tokenize_sessions(examples, tokenizer, max_prompt_length, has_tasks)
     if "product" not in examples:
+        sessions = (
+            ' Sessions ("products") are for a tokenizer with prompt_template=PromptTemplate(layout="session", ...).'
+            if "products" in examples
+            else ""
+        )
         raise ValueError(
-            f'The dataset needs a column "product" with the id of the product bought; found {sorted(examples)}.'
+            f'The dataset needs a column "product" with the id of the product bought; found {sorted(examples)}.{sessions}'
         )
     fields = [name for name in template.example_keys() if name in examples]
     if not fields and not has_tasks:

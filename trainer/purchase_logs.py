@@ -3,8 +3,12 @@
 from itertools import groupby
 
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
+
+from ..sid_tokenizer.prompts import flatten_text
 
 LAYOUTS = ("purchase", "session")
+CHUNK = 1000
 
 
 def read_purchase_log(
@@ -38,8 +42,9 @@ def read_purchase_log(
         `Dataset` (on disk) of a `Dataset`, `IterableDataset` of an `IterableDataset`.
 
     Raises:
-        `TypeError`: if `log` is neither.
-        `ValueError`: if columns are missing (the message says which there are), or lines are not sorted by user.
+        `TypeError`: if `log` is neither, or `profile` or `max_history` have the wrong type.
+        `ValueError`: if columns are missing (the message says which there are), a line has no user or time, or lines are not
+            sorted by user. Of a stream where it is read.
     """
     if not isinstance(log, Dataset | IterableDataset):
         raise TypeError(
@@ -48,6 +53,11 @@ def read_purchase_log(
         )
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
+    if isinstance(profile, str) or not isinstance(max_history, int):
+        raise TypeError(
+            f"profile={profile!r} must be a list of columns, and max_history={max_history!r} a whole number: "
+            'profile=["age", "income"], max_history=50.'
+        )
     if max_history < 1:
         raise ValueError(f"max_history={max_history} must be at least 1.")
     columns = {"user": user, "product": product, "query": query, "time": time}
@@ -55,7 +65,15 @@ def read_purchase_log(
     _check_columns(log.column_names, columns, profile)
     options = {"columns": columns, "profile": tuple(profile), "layout": layout, "max_history": max_history}
     if isinstance(log, Dataset):
-        return Dataset.from_generator(_rows, gen_kwargs={"shards": [log], **options})
+        if next(_rows([log], **options), None) is None:
+            raise ValueError(
+                "The log gives no row: nothing stands before any of its purchases. Users need a second purchase, or the log a "
+                "query or a profile."
+            )
+        try:
+            return Dataset.from_generator(_rows, gen_kwargs={"shards": [log], **options})
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
     count = log.num_shards
     shards = [log] if count == 1 else [log.shard(count, index) for index in range(count)]
     return IterableDataset.from_generator(_rows, gen_kwargs={"shards": shards, **options})
@@ -88,18 +106,27 @@ def _rows(shards, columns, profile, layout, max_history):
 
 
 def _lines(log, columns, profile):
-    for line in log:
-        _check_columns(line, columns, profile)
-        yield line
+    names = list(dict.fromkeys([*columns.values(), *profile]))
+    needed = [columns[name] for name in ("user", "product", "time") if name in columns]
+    # In batches, because a stream that is read line by line within a DataLoader's worker deals out its shards once more.
+    for batch in log.iter(batch_size=CHUNK):
+        _check_columns(list(batch), columns, profile)
+        for values in zip(*(batch[name] for name in names), strict=True):
+            line = dict(zip(names, values, strict=True))
+            for name in needed:
+                if line[name] is None or line[name] != line[name]:
+                    raise ValueError(f"The log has a line without {name}: {line}. Leave such lines out.")
+            yield line
 
 
 def _purchases(lines, columns, profile, max_history):
     who, products = _profile(lines, profile), [line[columns["product"]] for line in lines]
+    is_known = bool(profile and flatten_text("profile", who["profile"]))
     for at, line in enumerate(lines):
         row = who | {"history": products[max(0, at - max_history) : at], "product": products[at]}
         if "query" in columns:
             row["query"] = line[columns["query"]] or ""
-        if row["history"] or row.get("query") or profile:
+        if row["history"] or is_known or row.get("query", "").split():
             yield row
 
 

@@ -207,7 +207,23 @@ class SIDTrainer(Trainer):
         )
         if resume_from_checkpoint is None or self.args.ignore_data_skip or has_length(self.train_dataset):
             return position
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # nothing is left to train; transformers would take one step more
         return stream_position(resume_from_checkpoint, self.args.gradient_accumulation_steps)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As `Trainer.get_batch_samples`; what a stream leaves over at its end is no step."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) == num_batches or has_length(self.train_dataset):
+            return batches, num_items
+        if self.state.global_step == 0:
+            raise ValueError(
+                f"The train dataset is a stream that ended after {len(batches)} batches, before the {num_batches} of one optimizer "
+                "step were there. Set a smaller gradient_accumulation_steps or per_device_train_batch_size."
+            )
+        # transformers 5.23 would add these gradients, scaled as those of a whole step, to the first step of the next pass.
+        self.control.should_epoch_stop = True
+        return [], None
 
     def _save_checkpoint(self, model, trial):
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -323,11 +339,6 @@ class SIDTrainer(Trainer):
                 "Rows lack product_rows, the products bought, which rankings are compared with. Map the dataset with "
                 "tokenize_examples, or set prediction_loss_only=True."
             )
-        if (inputs["product_rows"] < 0).any():
-            raise ValueError(
-                'Rows of the task "describe" are answered with text, not with a product that could be ranked. Leave them out of '
-                "the dataset that is evaluated, or set prediction_loss_only=True."
-            )
         prompts, mask = split_prompts(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         top_k = self.args.eval_top_k
         trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
@@ -423,6 +434,11 @@ def _max_prompt_length(args, model, tokenizer):
     chosen = args.max_prompt_length if args.max_prompt_length is not None else tokenizer.prompt_template.max_length
     if context is None:
         return chosen
+    if context <= answer:
+        raise ValueError(
+            f"The model's context of {context} tokens has no place for a prompt beside an answer of {answer} tokens. Take a model "
+            "with a longer context (max_position_embeddings)."
+        )
     if chosen is not None and chosen + answer > context:
         raise ValueError(
             f"max_prompt_length={chosen} and an answer of {answer} tokens exceed the model's context of "

@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from rqsid.trainer import read_purchase_log
 from rqsid.trainer.purchase_logs import _rows
@@ -46,7 +47,11 @@ def test_sessions():
 def test_each_purchase_is_learned_once_and_sees_what_came_before(purchases, max_history):
     purchases = sorted(purchases, key=lambda entry: entry[0])
     lines = [{"user": user, "product": f"p{product}"} for user, product in purchases]
-    options = {"shards": [lines], "columns": {"user": "user", "product": "product"}, "profile": []}
+    options = {
+        "shards": [Dataset.from_list(lines)] if lines else [],
+        "columns": {"user": "user", "product": "product"},
+        "profile": [],
+    }
     sessions = list(_rows(**options, layout="session", max_history=max_history))
     assert [product for row in sessions for product in row["products"]] == [line["product"] for line in lines]
     assert all(1 <= len(row["products"]) <= max_history for row in sessions)
@@ -69,6 +74,33 @@ def test_shards_of_a_stream_stay_shards(tmp_path):
     assert [len(part) for part in parts] == [4, 4, 4] and sum(parts, []) == list(rows)
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_share_a_stream(tmp_path, num_workers):
+    for number in range(3):
+        part = [line | {"household": 10 * number + line["household"]} for line in LINES]
+        Dataset.from_list(part).to_parquet(tmp_path / f"{number}.parquet")
+    files = [str(tmp_path / f"{number}.parquet") for number in range(3)]
+    log = load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=tmp_path / "cache")
+    loader = DataLoader(read_purchase_log(log, **NAMES), num_workers=num_workers, collate_fn=list, batch_size=2)
+    rows = [row for batch in loader for row in batch]
+    assert len(rows) == 12
+    for product, count in (("p1", 3), ("p2", 3), ("p3", 3), ("p9", 3)):
+        assert sum(row["product"] == product for row in rows) == count
+
+
+def test_purchases_that_nothing_stands_before_are_no_rows():
+    lines = [
+        {"user": "a", "product": "p1", "query": "  ", "age": None},
+        {"user": "a", "product": "p2", "query": None, "age": None},
+        {"user": "b", "product": "p3", "query": "milk", "age": None},
+        {"user": "c", "product": "p4", "query": "", "age": "35-44"},
+    ]
+    rows = list(read_purchase_log(Dataset.from_list(lines), query="query", profile=["age"]))
+    assert [row["product"] for row in rows] == ["p2", "p3", "p4"]
+    with pytest.raises(ValueError, match="The log gives no row"):
+        read_purchase_log(Dataset.from_list(lines[:1]), query="query", profile=["age"])
+
+
 @pytest.mark.parametrize(
     "lines, options, message",
     [
@@ -77,11 +109,16 @@ def test_shards_of_a_stream_stay_shards(tmp_path):
         (LINES[::-1], NAMES, r"not sorted by user: 1 comes behind 2.*log.sort\('household'\)"),
         (LINES, NAMES | {"layout": "basket"}, "layout='basket' is unknown"),
         (LINES, NAMES | {"max_history": 0}, "max_history=0"),
+        ([LINES[0] | {"household": None}], NAMES, "line without household"),
+        ([*LINES, LINES[3] | {"day": float("nan")}], NAMES, "line without day"),
     ],
 )
 def test_what_cannot_be_read_is_refused(lines, options, message):
     options = {"product": "upc"} | options
-    with pytest.raises(ValueError, match=message):
-        list(read_purchase_log(Dataset.from_list(lines).to_iterable_dataset(), **options))
+    for log in (Dataset.from_list(lines), Dataset.from_list(lines).to_iterable_dataset()):
+        with pytest.raises(ValueError, match=message):
+            list(read_purchase_log(log, **options))
+    with pytest.raises(TypeError, match="profile='age' must be a list"):
+        read_purchase_log(Dataset.from_list(LINES), **NAMES | {"profile": "age"})
     with pytest.raises(TypeError, match="log is a list"):
         read_purchase_log(lines, **options)
