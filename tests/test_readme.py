@@ -32,6 +32,12 @@ def test_the_snippets_run(base_tokenizer, make_tiny_model, tmp_path, monkeypatch
         "popularity": random.integers(0, 99, 400),
         "purchases": DatasetDict(train=purchases, validation=purchases.select(range(4))),
         "checkpoint": str(checkpoint),
+        "log": Dataset.from_list(
+            [
+                {"user": row // 4, "product": bought, "query": "fresh milk"}
+                for row, bought in enumerate(product_ids[:24])
+            ]
+        ).to_iterable_dataset(),
         "new_ids": ["N1", "N2"],
         "new_embeddings": random.standard_normal((2, 8), dtype=np.float32),
     }
