@@ -38,7 +38,9 @@ def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(
     expected, expected_gradients = loss_and_gradients(trainer, model, padded)
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, at=name: at + text)
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, at=name: at + text
+        )
     # Were the rows seen as one, nearly all of them would be predicted from other prompts.
     whole = {name: value for name, value in packed.items() if name != "position_ids"}
     assert abs(trainer.compute_loss(model, whole).item() - expected) > 0.01
