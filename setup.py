@@ -67,6 +67,7 @@ setup(
         "evaluate>=0.4.6",
         "huggingface-hub>=1.0",
         "numpy>=2.0",
+        "pyarrow>=21.0",  # a dependency of datasets, whose tables are read in pieces
         "safetensors>=0.6",
         "tokenizers>=0.22",
         "torch>=2.8",

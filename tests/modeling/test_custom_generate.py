@@ -240,13 +240,13 @@ def test_beams_by_their_usual_names(model, tokenizer, folder, inputs):
     for option in ({"num_beams": 4}, {"num_return_sequences": 3, "do_sample": True}):
         with pytest.raises(ValueError, match="repeat every prompt . times.*Pass `beams` and `top_k`"):
             run("callable", model, tokenizer, folder, inputs, **option)
-    expected = run("folder", model, tokenizer, folder, inputs, beams=3, top_k=2)
-    assert not torch.equal(expected, run("folder", model, tokenizer, folder, inputs, beams=200, top_k=2))
-    usual = run("folder", model, tokenizer, folder, inputs, num_beams=3, num_return_sequences=2)
+    expected = run("folder", model, tokenizer, folder, inputs, beams=6, top_k=6)
+    assert not torch.equal(expected, run("folder", model, tokenizer, folder, inputs, beams=200, top_k=6))
+    usual = run("folder", model, tokenizer, folder, inputs, num_beams=6, num_return_sequences=6)
     assert torch.equal(usual, expected)
-    assert torch.equal(run("folder", model, tokenizer, folder, inputs, num_beams=3, beams=3, top_k=2), expected)
-    with pytest.raises(ValueError, match="`num_beams=4` and `beams=3` mean the same"):
-        run("folder", model, tokenizer, folder, inputs, num_beams=4, beams=3)
+    assert torch.equal(run("folder", model, tokenizer, folder, inputs, num_beams=6, beams=6, top_k=6), expected)
+    with pytest.raises(ValueError, match="`num_beams=4` and `beams=6` mean the same"):
+        run("folder", model, tokenizer, folder, inputs, num_beams=4, beams=6)
     config = sid_generation_config(model, tokenizer, num_beams=8, num_return_sequences=4)
     with pytest.raises(ValueError, match="`num_beams=8`.*repeat every prompt 8 times"):
         run("folder", model, tokenizer, folder, inputs, generation_config=config)
