@@ -82,7 +82,11 @@ def begin_checkpoint(folder, should_save=True):
         with _temporary_folder(folder) as temporary:
             os.mkdir(temporary)
             write_json(os.path.join(temporary, MANIFEST), {"format_version": FORMAT_VERSION, "is_finished": False})
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not _is_unfinished(folder):  # another node's main process was faster, on a disk that they share
+                    raise
     _wait_for_everyone()
 
 
@@ -161,9 +165,10 @@ def push_checkpoint(trainer, folder):
         folder (`str`):
             The checkpoint, whole already.
     """
-    args, state, busy = trainer.args, trainer.state, trainer.push_in_progress
+    args, state = trainer.args, trainer.state
     if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
         return
+    busy = trainer.push_in_progress  # which other processes do not have
     if busy is not None and busy.is_done():
         busy = None
     if busy is not None and not args.hub_always_push:
@@ -237,9 +242,15 @@ def checkpoint_to_resume(resume_from_checkpoint, args):
         check_checkpoint(folder)
     num_processes = _read_manifest(folder).get("num_processes")
     if num_processes not in (None, args.world_size):
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage > 0:
+            raise ValueError(
+                f"{folder} was saved by {num_processes} processes and is resumed by {args.world_size}, which DeepSpeed ZeRO cannot: "
+                f"each process has its share of the optimizer. Start {num_processes} processes, or start a new training from the "
+                "model in that folder."
+            )
         logger.warning(
-            f"{folder} was saved by {num_processes} processes and is resumed by {args.world_size}: the order of the data and "
-            "dropout will differ from those of a run without interruption."
+            f"{folder} was saved by {num_processes} processes and is resumed by {args.world_size}: the order of the data, the "
+            "place in the epoch and dropout will differ from those of a run without interruption."
         )
     return folder
 

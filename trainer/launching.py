@@ -83,7 +83,7 @@ def check_launch(args):
     if state.num_processes == 1 and _is_lone_accelerate_launch():
         raise ValueError(
             "`accelerate launch` was asked for several processes and started one: that is what it does with --cpu, a MULTI_CPU "
-            "or a NO configuration, and without a GPU. Add --multi_gpu (which starts processes on CPUs, too), use a "
+            "or a NO configuration, and without a GPU (or MASTER_ADDR was set already). Add --multi_gpu (which starts processes on CPUs, too), use a "
             "configuration of examples/accelerate_configs, or `torchrun --nproc_per_node 2`. If one process is meant, unset "
             f"MASTER_ADDR (now {os.environ['MASTER_ADDR']})."
         )

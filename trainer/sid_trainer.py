@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import os
+import re
 
 import evaluate
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
@@ -128,6 +129,7 @@ class SIDTrainer(Trainer):
             } or None
         initialize_sid_rows(model, processing_class, init=args.init_sid_rows, seed=args.seed)
         if peft_config is not None:
+            set_seed(args.seed)  # as Trainer does, but before adapters are drawn
             model = add_lora(model, processing_class, peft_config)
         elif hasattr(model, "get_base_model"):
             check_lora(model, processing_class, model.active_peft_config)
@@ -163,6 +165,8 @@ class SIDTrainer(Trainer):
             compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
             **kwargs,
         )
+        if compute_metrics is None and not isinstance(eval_dataset, dict):
+            _check_best_metric(args)
         # compute_loss takes the labels as they are, and divides by their number whatever the model's own loss can do.
         self._loss_shifts_labels, self.model_accepts_loss_kwargs = False, True
         halves = {weight.dtype for weight in self.model.parameters() if weight.requires_grad and weight.itemsize < 4}
@@ -233,6 +237,18 @@ class SIDTrainer(Trainer):
             self._push_from_checkpoint(folder)
         if self.args.should_save:
             rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As `Trainer.save_model`, which with FSDP's sharded state dicts would save neither model nor tokenizer."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
+        if _internal_call or plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return super().save_model(output_dir, _internal_call)
+        state_dict_type = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            return super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(state_dict_type)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         push_checkpoint(self, checkpoint_folder)
@@ -343,7 +359,8 @@ class SIDTrainer(Trainer):
         top_k = self.args.eval_top_k
         trie = SIDTrie.from_tokenizer(self.processing_class).to(prompts.device)
         model = self.accelerator.unwrap_model(model)
-        with self.compute_loss_context_manager():
+        # The Trainer's own context is empty: accelerate casts within the forward of the model that it has wrapped.
+        with self.accelerator.autocast():
             head = self._head
             if head is None:
                 head = OutputHead(
@@ -391,7 +408,7 @@ class SIDTrainer(Trainer):
         if self._metric is None:
             self._metric = evaluate.load(metric_path("sid_retrieval"), keep_in_memory=True)
         rankings = rank_strings(*eval_prediction.predictions, eval_prediction.label_ids, self.processing_class)
-        kwargs.setdefault("ks", [k for k in (1, 10, 50) if k <= self.args.eval_top_k])
+        kwargs.setdefault("ks", _recall_cutoffs(self.args))
         kwargs.setdefault("ndcg_ks", [min(10, self.args.eval_top_k)])
         groups = [""] * len(eval_prediction.label_ids) if groups is None else list(groups)
         return self._metric.compute(**rankings, groups=groups, **kwargs)
@@ -426,6 +443,24 @@ def _strings_of(rows, name):
     unique, inverse = np.unique(rows[rows >= 0], return_inverse=True)
     strings = np.array(name(unique), dtype=object)[inverse]
     return [list(part) for part in np.split(strings, np.cumsum((rows >= 0).sum(1))[:-1])]
+
+
+def _check_best_metric(args):
+    """Trainer would look for the metric after the first evaluation, and before the first checkpoint is saved."""
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    found = re.fullmatch(r"(item_|sid_)?(recall|ndcg|mrr)(?:@(\d+))?", name)
+    cutoffs = {"recall": _recall_cutoffs(args), "ndcg": [min(10, args.eval_top_k)], "mrr": [None]}
+    if found is None or (found[1] and (int(found[3]) if found[3] else None) in cutoffs[found[2]]):
+        return
+    known = [f"item_{kind}" + (f"@{k}" if k else "") for kind, ks in cutoffs.items() for k in ks]
+    raise ValueError(
+        f"metric_for_best_model={args.metric_for_best_model!r} is not computed with eval_top_k={args.eval_top_k}. There are "
+        f"{', '.join(known)}, the same with sid_ in front, and loss."
+    )
+
+
+def _recall_cutoffs(args):
+    return [k for k in (1, 10, 50) if k <= args.eval_top_k]
 
 
 def _max_prompt_length(args, model, tokenizer):

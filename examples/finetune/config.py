@@ -37,8 +37,10 @@ class ScriptArguments:
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of LoRA adapters; all weights are trained without."}
     )
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Adapters are scaled by lora_alpha / lora_r; 16 if not given."}
+    )
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before the adapters; none without."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters, or all-linear; peft's choice without."}
     )
@@ -68,6 +70,12 @@ def parse_arguments(argv):
         values = _read_yaml(argv[0], actions)
         argv = argv[1:]
     given, unknown = parser.parse_known_args(argv)
+    files = [name for name in unknown if name.endswith((".yaml", ".yml"))]
+    if files:
+        raise ValueError(
+            f"{files[0]} does not come first: write finetune.py {files[0]} --name value … (DeepSpeed's own launcher puts "
+            "arguments before it unless it is given --no_local_rank)."
+        )
     if unknown:
         raise ValueError(f"Unknown arguments: {', '.join(map(_with_matches(actions), unknown))}.")
     values |= {name: _parse_mapping(name, value) for name, value in vars(given).items()}
@@ -82,6 +90,13 @@ def parse_arguments(argv):
         cpu["accelerator_config"] = values["accelerator_config"] | cpu["accelerator_config"]
     script, args = parser.parse_dict(values | cpu)
     check_launch(args)
+    if script.lora_r is None and any((script.lora_alpha, script.lora_dropout, script.lora_target_modules)):
+        raise ValueError(
+            "LoRA is asked for without lora_r, the rank of its adapters; all weights would be trained. Give lora_r, or leave the "
+            "other lora_ fields out."
+        )
+    if script.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={script.dtype!r} is unknown; choose one of float32, bfloat16, float16.")
     return script, args
 
 
@@ -109,6 +124,8 @@ def _convert(name, value, action):
         ]
     if isinstance(value, list):
         return value
+    if isinstance(value, bool) and action.dest == "resume_from_checkpoint":
+        raise ValueError(f"{name} takes a checkpoint's folder. Write resume: true for the last one in output_dir.")
     if isinstance(value, bool) and action.type is not string_to_bool:
         raise ValueError(f'{name} is {value}, to YAML, which reads yes, no, on and off so. Quote the word: "no".')
     try:

@@ -4,7 +4,7 @@ Estimates what a configuration of finetune.py needs of each GPU, from shapes alo
     python examples/finetune/estimate_memory.py examples/finetune/configs/llama2_7b_full.yaml --gpus 8 --nodes 1 2
 
 Weights, gradients and optimizer states are DeepSpeed's own estimates for ZeRO-2 and ZeRO-3 (bf16 compute, Adam, no offloading),
-and for DDP 16 bytes a trained parameter (float32 weight, gradient, two moments) and 2 for autocast's copy. Activations are
+and for DDP 20 bytes a trained parameter (float32 weight, gradient, its copy to be sent, two moments) and 2 for autocast's copy. Activations are
 counted in the way of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198),
 section 4, for a gated MLP and attention that keeps no scores. What the allocator wastes and the context of CUDA (1 to 2 GiB)
 come on top.
@@ -98,7 +98,7 @@ def state_bytes(total, trained, largest, gpus, nodes):
     """Weights, gradients and optimizer states of each GPU, in bytes, by engine."""
     frozen, places = total - trained, {"num_gpus_per_node": gpus, "num_nodes": nodes}
     return {
-        "DDP": 2 * frozen + 18 * trained,
+        "DDP": 2 * frozen + 22 * trained,
         "ZeRO-2": 2 * frozen + estimate_zero2_model_states_mem_needs(trained, cpu_offload=False, **places)[1],
         "ZeRO-3": 2 * frozen // (gpus * nodes)
         + estimate_zero3_model_states_mem_needs(
@@ -124,9 +124,12 @@ def describe(settings, gpus=8, nodes=1, sid_tokens=1024, answer_tokens=6):
     tokens = settings["max_prompt_length"] + answer_tokens
     batch_size, is_checkpointed = (
         settings["per_device_train_batch_size"],
-        settings.get("gradient_checkpointing", False),
+        settings.get("gradient_checkpointing") or settings.get("activation_checkpointing") or False,
     )
     activations = activation_bytes(config, batch_size, tokens, answer_tokens, is_checkpointed)
+    if settings.get("lora_r") is not None and not isinstance(config, BaichuanConfig):
+        # peft puts trained rows into a copy of the output layer, which the backward pass keeps, as it does its gradient.
+        activations += 4 * config.vocab_size * config.hidden_size
     engines = state_bytes(total, trained, largest, gpus, nodes)
     columns = ", ".join(f"{name} {(states + activations) / GIB:.1f}" for name, states in engines.items())
     place = f"{nodes} x {gpus} GPUs"

@@ -36,8 +36,8 @@ def main(argv=None):
         lora = LoraConfig(
             task_type="CAUSAL_LM",
             r=script.lora_r,
-            lora_alpha=script.lora_alpha,
-            lora_dropout=script.lora_dropout,
+            lora_alpha=script.lora_alpha or 16,
+            lora_dropout=script.lora_dropout or 0.0,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
         )
     trainer = SIDTrainer(
