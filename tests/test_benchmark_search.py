@@ -2,8 +2,8 @@
 
 import json
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,10 +195,18 @@ def test_brute_force_is_a_forward_of_prompt_and_sid(benchmarks, tiny):
 
 
 def test_a_turn_counts_by_its_mean_and_the_least_turn_counts(benchmarks, monkeypatch):
-    measures, naps = benchmarks["search_measures"], iter([0.03, 0.01, 0.05, 0.03, 0.01, 0.01])
+    measures, naps, now = benchmarks["search_measures"], iter([0.03, 0.01, 0.05, 0.03, 0.01, 0.01]), [0.0]
+
+    def nap():
+        now[0] += next(naps)
+
     monkeypatch.setattr(measures, "TURN_SECONDS", 0.035)
-    seconds = measures.take_turns({"nap": lambda: time.sleep(next(naps))}, rounds=2)
-    assert 0.02 <= seconds["nap"]["wall"] < 0.03  # turns of (.03, .01) and (.05)
+    monkeypatch.setattr(
+        measures, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 2)
+    )
+    seconds = measures.take_turns({"nap": nap}, rounds=2)
+    # turns of (.03, .01) and (.05)
+    assert seconds["nap"] == pytest.approx({"wall": 0.02, "cpu": 0.01})
 
 
 @pytest.mark.parametrize("seconds, met", [(0.2, True), (0.21, False)])

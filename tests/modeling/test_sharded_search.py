@@ -72,7 +72,7 @@ dist.barrier()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2-lora", "zero3"])
+@pytest.mark.parametrize("kind", ["fsdp2-lora", "zero3"])
 def test_sharded_search_is_plain_search(tmp_path, kind):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
