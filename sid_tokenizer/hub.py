@@ -1,0 +1,244 @@
+"""Uploads to the Hub: one commit a push, made on the state that it was compared with, and errors of one line."""
+
+import fnmatch
+import os
+import re
+from contextlib import contextmanager
+from json import JSONDecodeError
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Formats that run code when they are opened, or may.
+PICKLES = ("*.bin", "*.ckpt", "*.joblib", "*.pickle", "*.pkl", "*.pt", "*.pth")
+# What a save or an upload in progress leaves beside the files that count.
+NEVER_PUSHED = [".cache/*", ".git/*", "*/.git/*", ".sid_*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
+ATTEMPTS = 5
+
+
+def push_folder(
+    folder,
+    repo_id,
+    *,
+    repo_type="model",
+    space_sdk=None,
+    revision=None,
+    commit_message="Upload",
+    commit_description=None,
+    private=None,
+    token=None,
+    create_pr=False,
+    tag=None,
+    allow_patterns=None,
+    ignore_patterns=None,
+    delete_patterns=None,
+    allow_pickles=False,
+):
+    """
+    Pushes a folder as one commit, so that whoever loads finds all of the old files or all of the new ones.
+
+    `HfApi.upload_folder` commits in several batches where `hf_xet` is installed, and takes a file for unchanged although
+    somebody else may change it before the commit: a repository could end up with files of two states. Here the commit names
+    the one that the folder was compared with, and is made anew if the branch has moved. Files that have not changed are not
+    uploaded, nor are those that an earlier push, cut off half-way, had uploaded already.
+
+    Args:
+        folder (`str`):
+            The folder.
+        repo_id (`str`):
+            The repository, such as `"org/name"`; made if there is none.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"`, `"dataset"` or `"space"`.
+        space_sdk (`str`, *optional*):
+            The SDK of a Space that is made.
+        revision (`str`, *optional*, defaults to `"main"`):
+            The branch to push to, made from the head of `main` if there is none.
+        commit_message, commit_description (`str`, *optional*):
+            What the commit says.
+        private (`bool`, *optional*):
+            Whether a repository that is made is private; the organization's default if not given. One that exists stays as it is.
+        token (`str` or `bool`, *optional*):
+            As in `HfApi`; the token of `hf auth login` or `HF_TOKEN` if not given.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead.
+        tag (`str`, *optional*):
+            A tag for the commit.
+        allow_patterns, ignore_patterns (`list[str]`, *optional*):
+            Files of the folder to push, and not to.
+        delete_patterns (`list[str]`, *optional*):
+            Files of the repository to delete in the same commit, if the folder does not hold them.
+        allow_pickles (`bool`, *optional*, defaults to `False`):
+            Whether to push files in formats that run code when they are opened; refused otherwise.
+
+    Returns:
+        `CommitInfo`: the commit; that of the head, if nothing has changed.
+
+    Raises:
+        `ValueError`: if the folder is none, or holds pickles; if the repository or branch is none, or the tag another commit's; if
+            the Hub finds the model card invalid.
+        `PermissionError`: if the token is missing, rejected, or may not write there.
+        `ConnectionError`: if the Hub cannot be reached, fails, or the branch keeps moving. The same call completes the push.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"There is no folder {folder} to push.")
+    if create_pr and (tag is not None or revision is not None):
+        raise ValueError(
+            f"create_pr=True opens a pull request against main, which has no commit to tag and no branch of its own to name: leave "
+            f"out tag={tag!r} and revision={revision!r}."
+        )
+    names = sorted(
+        filter_repo_objects(
+            _files(folder), allow_patterns=allow_patterns, ignore_patterns=[*NEVER_PUSHED, *(ignore_patterns or [])]
+        )
+    )
+    pickles = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLES)]
+    if pickles and not allow_pickles:
+        raise ValueError(
+            f"{folder} holds {', '.join(pickles[:3])}{' …' if len(pickles) > 3 else ''}: formats that run code when they are opened, "
+            "which are not published. Leave them out with ignore_patterns, or push with allow_pickles=True."
+        )
+    api = HfApi(token=token, library_name="rqsid")
+    with hub_errors(repo_id, token):
+        repo_id = api.create_repo(
+            repo_id, repo_type=repo_type, space_sdk=space_sdk, private=private, exist_ok=True
+        ).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        where = {"repo_id": repo_id, "repo_type": repo_type}
+        if tag is not None:
+            _check_tag(api, where, tag, revision)
+        for attempt in range(ATTEMPTS):
+            try:
+                commit = _commit(
+                    api, folder, names, where, revision, create_pr, delete_patterns, commit_message, commit_description
+                )
+                break
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or attempt == ATTEMPTS - 1:
+                    raise
+                logger.info(f"{repo_id} changed while it was being pushed to; comparing anew.")
+        if tag is not None:
+            api.create_tag(**where, tag=tag, revision=commit.oid, exist_ok=True)
+    return commit
+
+
+@contextmanager
+def hub_errors(repo_id, token=None):
+    """
+    Turns what the client raises in the block into errors of one line that say what to do, and hold no token: neither in their
+    words, nor in the request that the client's errors carry along.
+
+    Args:
+        repo_id (`str`):
+            What the block is about, for the message.
+        token (`str`, *optional*):
+            A token that was passed, which the message must not repeat.
+
+    Raises:
+        `PermissionError`, `ValueError` or `ConnectionError`: in place of the client's.
+    """
+    failure = None
+    try:
+        yield
+    except (HTTPError, LocalTokenNotFoundError, ConnectionError, JSONDecodeError) as error:
+        failure = _readable(error, repo_id)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, HTTPError):  # what the client makes of a failed upload of one file
+            raise
+        failure = _readable(error.__cause__, repo_id)
+    except ValueError as error:
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        failure = ValueError(f"The card for {repo_id} is not valid: {_one_line(error)}")
+    if failure is not None:
+        message = str(failure)
+        if isinstance(token, str) and token:
+            message = message.replace(token, "<token>")
+        # Outside of the handler, so that the client's error, which holds the request with its headers, is not its context.
+        raise type(failure)(re.sub(r"hf_\w{8,}", "<token>", message))
+
+
+def _commit(api, folder, names, where, revision, create_pr, delete_patterns, commit_message, commit_description):
+    head = api.repo_info(**where, revision=revision).sha
+    operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
+    if delete_patterns:
+        there = api.list_repo_files(**where, revision=head)
+        stale = set(filter_repo_objects(there, allow_patterns=delete_patterns)) - {*names, ".gitattributes"}
+        operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
+    return api.create_commit(
+        **where,
+        operations=operations,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head,
+    )
+
+
+def _check_tag(api, where, tag, revision):
+    """Before anything is uploaded: a tag that stands at another commit than the head will not be the new commit's."""
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(**where).tags}
+    if tag not in tags:
+        return
+    # A tag is listed by the commit that it names, or by an object of its own.
+    tagged = api.repo_info(**where, revision=tag).sha
+    if tagged != api.repo_info(**where, revision=revision).sha:
+        raise ValueError(
+            f"{where['repo_id']} has a tag {tag!r} already, at commit {tagged[:7]}. Choose another; published tags do not move."
+        )
+
+
+def _files(folder):
+    return [
+        os.path.relpath(os.path.join(where, name), folder).replace(os.sep, "/")
+        for where, _, names in os.walk(folder)
+        for name in names
+    ]
+
+
+def _readable(error, repo_id):
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    said = _one_line(getattr(error, "server_message", None) or error)
+    if isinstance(error, LocalTokenNotFoundError):
+        return PermissionError(
+            f"There is no token to push to {repo_id} with. Run `hf auth login`, set HF_TOKEN, or pass token."
+        )
+    if status == 401:
+        return PermissionError(
+            f"The Hub rejected the token for {repo_id}: it is missing, invalid or expired. Run `hf auth login`, set HF_TOKEN, or pass "
+            "token."
+        )
+    if status == 403:
+        return PermissionError(
+            f"The token may not do this to {repo_id} ({said}). It needs the role `write`, and its owner the right to write there."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ValueError(f"{repo_id} has no such revision ({said}).")
+    if isinstance(error, RepositoryNotFoundError) or status == 404:
+        return ValueError(f"There is no {repo_id} on the Hub, or the token may not see it.")
+    if status in (400, 409, 422):
+        return ValueError(f"The Hub refused the push to {repo_id}: {said}")
+    if status == 412:
+        return ConnectionError(
+            f"{repo_id} changed {ATTEMPTS} times while it was being pushed to. Push again when others are done."
+        )
+    reason = f"status {status}: {said}" if status is not None else f"{type(error).__name__}: {said}"
+    return ConnectionError(
+        f"The push to {repo_id} did not come to its end ({reason}). Nothing has changed there; run it again, what was uploaded is not "
+        "uploaded twice."
+    )
+
+
+def _one_line(text):
+    return re.sub(r"\s+", " ", str(text)).strip()[:300]
