@@ -104,8 +104,7 @@ def test_without_rqsid(either, depth, tmp_path):
     assert done.returncode == 1 and "ModuleNotFoundError: No module named 'rqsid'" in done.stderr
     assert done.stdout.splitlines()[2] == "no version"
     found = run_fresh("import importlib.util; print(importlib.util.find_spec('rqsid').name)", libraries=depth)
-    assert found.stdout == "rqsid
-"
+    assert found.stdout == "rqsid\n"
 
 
 def test_ends(either, tmp_path):
