@@ -9,7 +9,7 @@ import time
 
 import fresh_process
 import pytest
-from fresh_process import run_fresh, start_fresh
+from fresh_process import run_fresh, run_ranks, start_fresh
 
 HUB = {"HF_HOME": "/nowhere", "HF_ENDPOINT": "http://localhost:1"}
 
@@ -196,3 +196,22 @@ def test_children_die_with_the_test_process(tmp_path):
             break
         time.sleep(0.05)
     assert not living
+
+
+def test_ranks(tmp_path):
+    code = """
+    import os, sys, torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.tensor(dist.get_rank() + 1)
+    dist.all_reduce(total)
+    print(dist.get_rank(), os.environ["LOCAL_RANK"], total.item(), sys.argv[1])
+    if sys.argv[1] == "fail" and dist.get_rank() == 1:
+        raise ValueError("rank 1 cannot")
+    dist.barrier()
+    """
+    assert [done.stdout for done in run_ranks(3, code, "x")] == [f"{rank} {rank} 6 x\n" for rank in range(3)]
+    with pytest.raises(RuntimeError, match="rank 1 ended with status 1:(.|\n)*rank 1 cannot"):
+        run_ranks(2, code, "fail")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_ranks(2, "import time; time.sleep(100)", timeout=0.5)

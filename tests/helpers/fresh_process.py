@@ -14,6 +14,7 @@ that read no such variable, for all others.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 TEMPLATE = str(Path(__file__).with_name("fresh_template.py"))
@@ -140,6 +142,40 @@ def start_fresh(
         start = _fork if CAN_FORK else _start
         process = start(request, libraries, [nothing.fileno(), *(file.fileno() for file in files)])
     return FreshProcess(process, [request["script"] or "-c", *request["args"]], files)
+
+
+def run_ranks(processes, code, *args, env=None, timeout=300, check=True, **options):
+    """
+    Runs a script or code in several fresh processes that find each other through `torch.distributed`, with the variables that
+    `torchrun` sets. When one fails, the others are killed.
+
+    Returns:
+        A list of `subprocess.CompletedProcess`, by rank.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+    env = dict(os.environ if env is None else env)
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(processes):
+            own = env | shared | {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(stack.enter_context(start_fresh(code, *args, env=own, **options)))
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(ranks[0].args, timeout)
+            time.sleep(0.02)
+        failed = next((process for process in ranks if process.poll()), None)
+        for process in ranks:
+            process.kill()
+        results = [process.communicate() for process in ranks]
+    if check and failed:
+        status, error = failed.returncode, results[ranks.index(failed)][1]
+        raise RuntimeError(f"rank {ranks.index(failed)} ended with status {status}:\n{error[-6000:]}")
+    pairs = zip(ranks, results, strict=True)
+    return [subprocess.CompletedProcess(process.args, process.returncode, *outputs) for process, outputs in pairs]
 
 
 class FreshProcess:

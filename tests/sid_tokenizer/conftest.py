@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 
+import fresh_process
 import numpy as np
 import pytest
 
@@ -14,17 +12,11 @@ from rqsid import ProductCatalog, ResidualQuantizer, ResidualQuantizerConfig, SI
 
 @pytest.fixture(scope="session")
 def run_fresh():
-    """`run_fresh(code, *args, **environment)`: runs code in a new process and returns the JSON of its last line."""
+    """`run_fresh(code, *args, **environment)`: runs code in a fresh process and returns the JSON of its last line."""
 
-    def run(code, *args, **environment):
-        result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
+    def run(code, *args, libraries=None, without_rqsid=False, **environment):
+        options = {"env": os.environ | environment, "libraries": libraries, "without_rqsid": without_rqsid}
+        result = fresh_process.run_fresh(code, *args, check=True, **options)
         return json.loads(result.stdout.strip().splitlines()[-1])
 
     return run
@@ -152,7 +144,6 @@ def without_package(saved, run_fresh, tmp_path_factory):
         OBSERVE
         + """
 import json, sys
-sys.modules["rqsid"] = None
 from transformers import AutoTokenizer
 
 folder, second, found = sys.argv[1], sys.argv[2], {}
@@ -166,6 +157,7 @@ print(json.dumps(found))
 """,
         saved[0],
         tmp_path_factory.mktemp("second"),
+        without_rqsid=True,
         HF_MODULES_CACHE=str(tmp_path_factory.mktemp("modules")),
     )
 

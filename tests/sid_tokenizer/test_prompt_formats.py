@@ -468,7 +468,6 @@ def test_chats_and_sessions_in_a_fresh_process_without_the_package(make, run_fre
     found = run_fresh(
         """
 import json, sys
-sys.modules["rqsid"] = None
 from transformers import AutoTokenizer
 
 folder, purchases, whole = sys.argv[1], *map(json.loads, sys.argv[2:])
@@ -484,6 +483,7 @@ print(json.dumps({
         tmp_path,
         json.dumps(purchases),
         json.dumps(whole),
+        without_rqsid=True,
         HF_MODULES_CACHE=str(tmp_path / "modules"),
     )
     chat, session = tokenizers["chat"], tokenizers["session"]

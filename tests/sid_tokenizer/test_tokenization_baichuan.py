@@ -176,7 +176,7 @@ def test_saved_tokenizer_loads_in_fresh_processes(tokenizer, run_fresh, tmp_path
     code = OBSERVE + (
         "import importlib\n"
         "sys.modules['sentencepiece'] = sys.modules['google.protobuf'] = None\n"
-        "importlib.import_module('rqsid') if sys.argv[4] == 'with' else sys.modules.update(rqsid=None)\n"
+        "importlib.import_module('rqsid') if sys.argv[4] == 'with' else None\n"
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "if sys.argv[4] == 'without':\n"
         "    tokenizer.save_pretrained(sys.argv[1] + '/again')\n"
@@ -184,8 +184,9 @@ def test_saved_tokenizer_loads_in_fresh_processes(tokenizer, run_fresh, tmp_path
     )
     expected = observe(tokenizer)
     arguments = tmp_path, json.dumps(TEXTS), json.dumps(CHAT)
-    assert run_fresh(code, *arguments, "with") == ["BaichuanTokenizer", expected]
-    assert run_fresh(code, *arguments, "without") == ["TokenizersBackend", expected]
+    assert run_fresh(code, *arguments, "with", libraries="torch") == ["BaichuanTokenizer", expected]
+    options = {"libraries": "torch", "without_rqsid": True}
+    assert run_fresh(code, *arguments, "without", **options) == ["TokenizersBackend", expected]
     # Saved by a process without this package, and loaded with it.
     assert observe(BaichuanTokenizer.from_pretrained(tmp_path / "again")) == expected
 
@@ -256,7 +257,7 @@ def test_missing_libraries_are_named(published, run_fresh, missing):
         except ImportError as error:
             print(json.dumps(str(error)))
     """
-    assert "pip install rqsid[sentencepiece]" in run_fresh(code, published, missing)
+    assert "pip install rqsid[sentencepiece]" in run_fresh(code, published, missing, libraries="torch")
 
 
 # Under SID tokens
@@ -328,4 +329,4 @@ def test_sid_tokenizer_is_saved_and_loaded(with_sids, reference, run_fresh, tmp_
     sids = with_sids.encode_products(products)
     prompts = with_sids.encode_prompts([{"history": ["p1"], "query": "薯片  x"}])
     expected = ["SIDTokenizer", reference.encode(texts), sids, with_sids.decode_products(sids), prompts]
-    assert run_fresh(code, tmp_path, json.dumps(texts)) == [expected, expected]
+    assert run_fresh(code, tmp_path, json.dumps(texts), libraries="torch") == [expected, expected]
