@@ -1,6 +1,7 @@
 """The bundle: what a SIDTokenizer saves beside the tokenizer's own files, and checks when it loads."""
 
 import os
+import re
 
 import torch
 
@@ -10,6 +11,9 @@ from .codebook_version import check_quantizer
 from .files import check_file, checksum, file_entry, read_json, read_tensors, write_json, write_tensors
 from .prompts import PromptTemplate
 from .quantizer import ResidualQuantizer, ResidualQuantizerConfig
+from .sid_tokens import check_token_format
+from .tokenizer_files import MAX_TOKENIZER_BYTES
+from .untrusted import is_whole, shown
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "sid_manifest.json"
@@ -29,6 +33,15 @@ OPTIONAL_CODEBOOK_CONFIG = (
     "num_beams",
     "skipped_codes",
 )
+WHOLE_CONFIG = (
+    "embedding_dim",
+    "num_iterations",
+    "seed",
+    "sample_per_code",
+    "num_sample_iterations",
+    "num_beams",
+)
+MAX_BEAMS = 4096  # encoding takes memory for each
 
 
 def write_bundle(tokenizer, save_directory):
@@ -85,17 +98,17 @@ def read_manifest(manifest_file):
             "written last. Make a tokenizer with SIDTokenizer.from_base, or save or download the bundle again."
         )
     manifest = read_json(manifest_file)
-    if manifest.get("format_version") != FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{MANIFEST_FILE} has format version {manifest.get('format_version')}, this version of rqsid reads "
+            f"{MANIFEST_FILE} has format version {shown(version)}, this version of rqsid reads "
             f"{FORMAT_VERSION}. Install the version that wrote it."
         )
     required = ["codebook_sizes", "suffix_size", "pruning", "token_format", "layer_order", "base_size"]
     required += ["special_tokens", "products", "sids", "history", "files", "checksum"]
     missing = [key for key in required if key not in manifest]
-    missing += [
-        name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in manifest.get("files", ())
-    ]
+    files = manifest.get("files") if isinstance(manifest.get("files"), dict) else {}
+    missing += [name for name in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE) if name not in files]
     if missing:
         raise ValueError(
             f"{MANIFEST_FILE} lacks {', '.join(missing)}: it was edited. Save or download the bundle again."
@@ -104,7 +117,47 @@ def read_manifest(manifest_file):
         raise ValueError(
             f"{MANIFEST_FILE} does not match its own checksum: it was edited. Save or download the bundle again."
         )
+    _check_manifest(manifest)
     return manifest
+
+
+def _check_manifest(manifest):
+    """That a manifest with a fitting checksum, which anybody can compute, says nothing but what one says."""
+    again = "it was edited. Save or download the bundle again."
+    for name, entry in manifest["files"].items():
+        # No path: files are looked for under these names, in one folder.
+        if name not in ("tokenizer.json", CATALOG_FILE, PROMPT_FILE, CODEBOOK_FILE):
+            raise ValueError(f"{MANIFEST_FILE} names the file {shown(name)}, which no bundle has: {again}")
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"bytes", "sha256"}
+            or not is_whole(entry["bytes"], 0, 2**62)
+            or not isinstance(entry["sha256"], str)
+            or not re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        ):
+            raise ValueError(f"{MANIFEST_FILE} describes {name} as {shown(entry)}, not by size and SHA-256: {again}")
+    num_bytes = manifest["files"]["tokenizer.json"]["bytes"]
+    if num_bytes > MAX_TOKENIZER_BYTES:
+        raise ValueError(
+            f"{MANIFEST_FILE} says that tokenizer.json holds {num_bytes} bytes, more than the {MAX_TOKENIZER_BYTES} that are "
+            "accepted. Use fewer tokens."
+        )
+    order, special = manifest["layer_order"], manifest["special_tokens"]
+    good = {
+        "layer_order": isinstance(order, list) and all(is_whole(layer, 0, 2**31) for layer in order),
+        # A token takes four bytes at least.
+        "base_size": is_whole(manifest["base_size"], 0, num_bytes),
+        "special_tokens": isinstance(special, dict)
+        and set(special) == {"eos_token", "pad_token"}
+        and all(token is None or isinstance(token, str) for token in special.values()),
+    }
+    for key, is_good in good.items():
+        if not is_good:
+            raise ValueError(f"{MANIFEST_FILE} says {key}={shown(manifest[key])}: {again}")
+    try:
+        check_token_format(manifest["token_format"])
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST_FILE}: {error}") from None
 
 
 def read_bundle(manifest_file, files):
@@ -129,8 +182,15 @@ def read_bundle(manifest_file, files):
     for key, value in found.items():
         if manifest[key] != value:
             raise ValueError(
-                f"{MANIFEST_FILE} says {key}={manifest[key]}, {CATALOG_FILE} {value}. Save the bundle again."
+                f"{MANIFEST_FILE} says {key}={shown(manifest[key])}, {CATALOG_FILE} {shown(value)}. Save the bundle again."
             )
+    # Before the tokens are spelled: each of them takes four bytes at least.
+    num_tokens = sum(catalog.codebook_sizes) + catalog.suffix_size
+    if num_tokens > manifest["files"]["tokenizer.json"]["bytes"] // 4:
+        raise ValueError(
+            f"{CATALOG_FILE} has SIDs of {num_tokens} tokens, more than tokenizer.json has room for: the files belong to "
+            "different saves. Save or download the bundle again."
+        )
     quantizer = None
     if CODEBOOK_FILE in manifest["files"]:
         quantizer = _read_codebook(files[CODEBOOK_FILE], catalog.codebook_sizes)
@@ -164,16 +224,17 @@ def _read_prompt(path):
     prompt = read_json(path)
     strangers = sorted(set(prompt) - {"template", "prefix", "suffix"})
     if strangers:
-        raise ValueError(f"{PROMPT_FILE} holds {', '.join(strangers)}, which this version of rqsid does not know.")
+        raise ValueError(f"{PROMPT_FILE} holds {shown(strangers[0])}, which this version of rqsid does not know.")
     try:
         # Bundles of earlier versions have no suffix, since nothing stood behind a prompt.
         template, markup = PromptTemplate(**prompt["template"]), [prompt["prefix"], prompt.get("suffix", [])]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({error!r}): it was edited.") from None
+        # Of a length that is no matter of the file's.
+        raise ValueError(f"{PROMPT_FILE} holds no prompt template ({repr(error)[:500]}): it was edited.") from None
     for tokens in markup:
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise ValueError(
-                f"{PROMPT_FILE} puts {tokens!r} around prompts, which is no list of tokens: it was edited."
+                f"{PROMPT_FILE} puts {shown(tokens)} around prompts, which is no list of tokens: it was edited."
             )
     return template, *markup
 
@@ -185,18 +246,39 @@ def _quantizer_tensors(quantizer):
 
 
 def _read_codebook(path, codebook_sizes):
-    _, config = read_tensors(path, [f"codebook_{layer}" for layer in range(len(codebook_sizes))])
+    again = "it was edited. Save or download the bundle again."
+    names = [f"codebook_{layer}" for layer in range(len(codebook_sizes))]
+    tensors, config = read_tensors(path, names)
     if config.get("codebook_sizes") != codebook_sizes:
         raise ValueError(
-            f"{CODEBOOK_FILE} has codebooks {config.get('codebook_sizes')}, the catalog {codebook_sizes}."
+            f"{CODEBOOK_FILE} has codebooks {shown(config.get('codebook_sizes'))}, the catalog {codebook_sizes}."
         )
     missing = [name for name in CODEBOOK_CONFIG if name not in config]
     if missing:
         raise ValueError(f"{CODEBOOK_FILE} lacks {', '.join(missing)}: it was edited.")
     known = {name: config[name] for name in CODEBOOK_CONFIG + OPTIONAL_CODEBOOK_CONFIG if name in config}
-    quantizer = ResidualQuantizer(ResidualQuantizerConfig(**known))
+    # What the quantizer allocates follows these numbers, so that they have to be those of the tensors.
+    dim = known["embedding_dim"]
+    for name, size in zip(names, codebook_sizes, strict=True):
+        if not is_whole(dim, 1, 2**31) or tensors[name].shape != (size, dim):
+            raise ValueError(
+                f"{name} in {CODEBOOK_FILE} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected ({size}, "
+                f"{shown(dim)}) of floating point. Save or download the bundle again."
+            )
+    wrong = [name for name in WHOLE_CONFIG if name in known and not is_whole(known[name], 0, 2**62)]
+    wrong += [name for name in ("relocation_threshold", "capacity") if not _is_number(known.get(name, 0))]
+    wrong += ["num_beams"] if not wrong and known.get("num_beams", 1) > MAX_BEAMS else []
+    wrong += ["normalize_residuals"] if not isinstance(known.get("normalize_residuals", False), bool) else []
+    if wrong:
+        raise ValueError(f"{CODEBOOK_FILE} says {wrong[0]}={shown(known[wrong[0]])}: {again}")
+    try:
+        quantizer = ResidualQuantizer(ResidualQuantizerConfig(**known))
+    except Exception as error:  # transformers checks types by errors of its own
+        raise ValueError(
+            f"{CODEBOOK_FILE} holds no configuration of a quantizer ({repr(error)[:500]}): {again}"
+        ) from None
     parameters = _quantizer_tensors(quantizer)
-    tensors, _ = read_tensors(path, list(parameters))
+    tensors, _ = read_tensors(path, list(parameters), exactly=True)
     for name, parameter in parameters.items():
         tensor = tensors[name]
         if tensor.shape != parameter.shape or not tensor.is_floating_point():
@@ -208,6 +290,10 @@ def _read_codebook(path, codebook_sizes):
             raise ValueError(f"{name} in {CODEBOOK_FILE} holds NaN or infinite values: it was edited.")
         parameter.data = tensor.clone()
     return quantizer
+
+
+def _is_number(value):
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9)
 
 
 def check_layer_order(layer_order, catalog):
@@ -222,7 +308,7 @@ def check_layer_order(layer_order, catalog):
         return list(range(catalog.num_layers))
     layer_order = [int(layer) for layer in layer_order]
     if sorted(layer_order) != list(range(catalog.num_layers)):
-        raise ValueError(f"layer_order={layer_order} must name each of the {catalog.num_layers} layers once.")
+        raise ValueError(f"layer_order={shown(layer_order)} must name each of the {catalog.num_layers} layers once.")
     if catalog.pruning.num_pruned and layer_order[-1] == catalog.pruning.layer:
         raise ValueError(
             f"layer_order={layer_order} ends with layer {catalog.pruning.layer}, some of whose codes are pruned: one SID "

@@ -1,18 +1,16 @@
 """One file per catalog: written whole or not at all, never over somebody else's changes, and linked where nothing changed."""
 
-import json
 import os
 import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 
-from safetensors import SafetensorError, safe_open
-
-from .catalog_checks import check_catalog
+from .catalog_checks import check_catalog, check_columns
 from .catalog_columns import COLUMNS
 from .files import read_tensors, write_tensors
 from .pruning import TokenPruning
+from .untrusted import parse_json, read_header, shown
 
 FORMAT_VERSION = 2
 CONFIG = ("codebook_sizes", "suffix_size", "collisions", "capacity", "codebook_version", "history", "ancestors")
@@ -27,7 +25,9 @@ def save_catalog(catalog, path, overwrite=False):
         # Of saves that were killed, where nobody else can be saving now. The pattern is that of mkstemp.
         for other in os.listdir(folder) if locked else ():
             if re.fullmatch(re.escape(name) + r"\.[a-z0-9_]{8}\.tmp", other):
-                os.remove(os.path.join(folder, other))
+                remains = os.path.join(folder, other)
+                if os.path.isfile(remains) or os.path.islink(remains):
+                    os.remove(remains)
         write_catalog(catalog, path)
 
 
@@ -78,16 +78,15 @@ def check_successor(catalog, path):
         `ValueError`: if the file at `path` holds changes to this catalog that it does not know.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            config = json.loads((file.metadata() or {})["config"])
+        config = parse_json(read_header(path)[1]["config"].encode())
         there, last = [*config["ancestors"], *(entry["id"] for entry in config["history"])], config["history"][-1]
-    except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
+    except (OSError, KeyError, IndexError, TypeError, ValueError):
         return  # no catalog, or a damaged one: nothing that could be lost
     ours = [*catalog.ancestors, *(entry["id"] for entry in catalog.history)]
     if there[0] != ours[0] or there[-1] in ours:
         return
     what = (
-        f"version {last.get('version')} of this catalog, and this is version {catalog.version}"
+        f"version {shown(last.get('version'))} of this catalog, and this is version {catalog.version}"
         if ours[-1] in there
         else "other changes to this catalog than this one has"
     )
@@ -101,20 +100,26 @@ def load_catalog(cls, path):
     """See [`ProductCatalog.load`]."""
     # Before it is read: should another take its place meanwhile, it is not taken for this one.
     file = describe(path) if os.path.exists(path) else None
-    tensors, config = read_tensors(path, COLUMNS)
-    if config.get("format_version") != FORMAT_VERSION:
+    tensors, config = read_tensors(path, COLUMNS, exactly=True)
+    name = os.path.basename(path)
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"The catalog has format version {config.get('format_version')}, this version of rqsid reads "
-            f"{FORMAT_VERSION}. Build it again, or install the version that wrote it."
+            f"{name}: the catalog has format version {shown(version)}, this version of rqsid reads {FORMAT_VERSION}. Build it "
+            "again, or install the version that wrote it."
         )
     missing = [key for key in (*CONFIG, "pruning") if key not in config]
     if missing:
-        raise ValueError(f"The catalog lacks {', '.join(missing)}: it was edited. Save or download it again.")
-    columns = {name: tensor.numpy() for name, tensor in tensors.items()}
-    catalog = cls(columns, config["codebook_sizes"], TokenPruning.from_dict(config["pruning"]))
-    for name in CONFIG:
-        setattr(catalog, name, config[name])
-    check_catalog(catalog)
+        raise ValueError(f"{name}: the catalog lacks {', '.join(missing)}: it was edited. Save or download it again.")
+    try:
+        check_columns(tensors, config)
+        columns = {column: tensor.numpy() for column, tensor in tensors.items()}
+        catalog = cls(columns, config["codebook_sizes"], TokenPruning.from_dict(config["pruning"]))
+        for key in CONFIG:
+            setattr(catalog, key, config[key])
+        check_catalog(catalog)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     catalog.file = file
     return catalog
 

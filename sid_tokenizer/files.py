@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .untrusted import MAX_BYTES, file_bytes, parse_json, read_header, shown
+
 
 @contextmanager
 def replace_atomically(path):
@@ -43,14 +45,18 @@ def write_json(path, content):
             file.write("\n")
 
 
-def read_json(path, max_bytes=64 * 2**20):
-    name = os.path.basename(path)
-    if os.path.getsize(path) > max_bytes:
-        raise ValueError(f"{name} holds {os.path.getsize(path)} bytes, more than the {max_bytes} that are accepted.")
+def read_json(path, max_bytes=MAX_BYTES):
+    """
+    Raises:
+        `ValueError`: naming the file, if it is no JSON object that [`parse_json`] takes, or longer than `max_bytes`.
+    """
+    name, size = os.path.basename(path), file_bytes(path)
+    if size > max_bytes:
+        raise ValueError(f"{name} holds {size} bytes, more than the {max_bytes} that are accepted.")
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        with open(path, "rb") as file:
+            content = parse_json(file.read(max_bytes))
+    except ValueError as error:
         raise ValueError(
             f"{name} is not valid JSON ({error}): it is truncated or was edited. Save it again."
         ) from None
@@ -72,7 +78,7 @@ def write_tensors(path, arrays, config):
         save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True)})
 
 
-def read_tensors(path, names):
+def read_tensors(path, names, exactly=False):
     """
     Opens a file of [`write_tensors`] memory-mapped.
 
@@ -81,6 +87,8 @@ def read_tensors(path, names):
             The file.
         names (`list[str]`):
             The tensors that the file must hold.
+        exactly (`bool`, *optional*, defaults to `False`):
+            Whether it must hold no others.
 
     Returns:
         `tuple[dict[str, torch.Tensor], dict]`: the tensors, which live in the mapped file, and the config.
@@ -90,19 +98,28 @@ def read_tensors(path, names):
     """
     file_name = os.path.basename(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            missing = sorted(set(names) - set(file.keys()))
-            if missing:
-                raise ValueError(
-                    f"{file_name} lacks {', '.join(missing)}: it was written by another version or edited."
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-            config = json.loads((file.metadata() or {})["config"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        found, metadata = read_header(path)
+        missing, strangers = sorted(set(names) - set(found)), sorted(set(found) - set(names)) if exactly else []
+        if not (missing or strangers):
+            if "config" not in metadata:
+                raise ValueError("it has no config")
+            config = parse_json(metadata["config"].encode())
+            if not isinstance(config, dict):
+                raise ValueError(f"its config is no JSON object but {type(config).__name__}")
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{file_name} is not a readable safetensors file of a bundle ({error}): it is truncated or was edited. "
             "Save or download it again."
         ) from None
+    if missing:
+        raise ValueError(f"{file_name} lacks {', '.join(missing)}: it was written by another version or edited.")
+    if strangers:
+        raise ValueError(
+            f"{file_name} holds {shown(strangers[0])}, which this version of rqsid does not know. Install the version that "
+            "wrote it, or save or download it again."
+        )
     return tensors, config
 
 
@@ -124,7 +141,7 @@ def check_file(path, entry):
         `ValueError`: if the file differs from the manifest's `entry` in size or content.
     """
     name = os.path.basename(path)
-    size = os.path.getsize(path)
+    size = file_bytes(path)
     if size != entry["bytes"]:
         raise ValueError(
             f"{name} holds {size} bytes, the manifest says {entry['bytes']}: the file is truncated or belongs to another "

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from .files import replace_atomically
-from .sid_tokens import TOKEN_FORMAT, layer_letter, layer_tokens
+from .sid_tokens import TOKEN_FORMAT, check_token_format, layer_letter, layer_tokens
 
 MAX_BYTES = 2 * 2**30
 BATCH_PRODUCTS = 100_000
@@ -46,7 +46,7 @@ def read_index(path, token_format=None, codebook_sizes=None):
             place, or a code outside the sizes given; and for a format that does not tell layers or codes apart.
     """
     token_format = TOKEN_FORMAT if token_format is None else token_format
-    layer_tokens([2, 2], 0, token_format)  # refuses a format that cannot work
+    check_token_format(token_format)
 
     # 1. the file
     name = os.path.basename(path)
@@ -81,6 +81,13 @@ def read_index(path, token_format=None, codebook_sizes=None):
     # 2. a list of tokens for each item, all of one length
     product_ids = [item for item, _ in content]
     rows = [tokens for _, tokens in content]
+    try:
+        "".join(product_ids).encode()
+    except UnicodeEncodeError:
+        at = next(at for at, item in enumerate(product_ids) if any("\ud800" <= one <= "\udfff" for one in item))
+        raise ValueError(
+            f"Item {product_ids[at]!r} of {name} is no text: it holds half a surrogate pair. Write the index again."
+        ) from None
     if len(set(product_ids)) < len(product_ids):
         seen = set()
         repeated = next(item for item in product_ids if item in seen or seen.add(item))

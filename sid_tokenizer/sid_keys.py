@@ -15,7 +15,9 @@ def fits_key(sizes):
     largest = 1
     for size in sizes:
         largest *= size
-    return largest - 1 <= LARGEST_KEY
+        if largest - 1 > LARGEST_KEY:
+            return False
+    return True
 
 
 def sid_keys(sids, sizes):

@@ -5,6 +5,8 @@ import numpy as np
 HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 CHUNK_STRINGS = 1_000_000
 MAX_ID_BYTES = 1024
+# A lookup takes as many steps as strings share a hash. By chance hardly two do; by design any number can.
+MAX_EQUAL_HASHES = 1024
 
 
 def pack_strings(strings):
@@ -83,38 +85,61 @@ def index_strings(packed, offsets):
     hashes = hash_rows(packed, offsets)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    # Equal strings have equal hashes and so lie in one run; runs are short, and the rows of one ascend.
-    gap = 1
-    num_duplicates, first = 0, None
-    same = np.flatnonzero(hashes[1:] == hashes[:-1])
-    while len(same):
-        equal = _equal_rows(packed, offsets, order[same], packed, offsets, order[same + gap])
-        num_duplicates += int(equal.sum())
-        if equal.any() and first is None:
-            first = int(order[same[equal][0]])
-        gap += 1
-        same = same[same + gap < len(hashes)]
-        same = same[hashes[same + gap] == hashes[same]]
-        if num_duplicates:
-            break
+    num_duplicates, first = find_repeated(hashes, order, packed, offsets)
     if num_duplicates:
         raise ValueError(
             f"Product id {unpack_strings(packed, offsets, [first])[0]!r} appears more than once ({num_duplicates} repetitions "
             "in all). Keep one row per product."
         )
+    if (hashes[MAX_EQUAL_HASHES:] == hashes[:-MAX_EQUAL_HASHES]).any():
+        raise ValueError(
+            f"More than {MAX_EQUAL_HASHES} product ids have the same hash, which does not happen by chance, and would make "
+            "lookups slow. Leave out ids that somebody made up for that."
+        )
     return hashes, order
+
+
+def find_repeated(hashes, order, packed, offsets):
+    """
+    Args:
+        hashes (`np.ndarray`): Shape: (n,). The hashes of strings, ascending.
+        order (`np.ndarray`): Shape: (n,). The row of each hash.
+        packed, offsets (`np.ndarray`): The strings, see [`pack_strings`].
+
+    Returns:
+        `tuple[int, int]`: how many strings repeat one that lies `gap` places before them, for the first gap at which one does,
+        and the row of one that is repeated; `(0, None)` if all differ.
+    """
+    # Equal strings have equal hashes and so lie in one run; runs are short.
+    gap, same = 1, np.flatnonzero(hashes[1:] == hashes[:-1])
+    while len(same) and gap < MAX_EQUAL_HASHES:
+        equal = _equal_rows(packed, offsets, order[same], packed, offsets, order[same + gap])
+        if equal.any():
+            return int(equal.sum()), int(order[same[equal][0]])
+        gap += 1
+        same = same[same + gap < len(hashes)]
+        same = same[hashes[same + gap] == hashes[same]]
+    return 0, None
 
 
 def unpack_strings(packed, offsets, rows):
     """
     Returns:
         `list[str]`: the strings of the given rows.
+
+    Raises:
+        `ValueError`: for rows that do not exist, and for strings that are not UTF-8.
     """
     rows = np.asarray(rows, dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= len(offsets) - 1):
         raise ValueError(f"Rows must lie in [0, {len(offsets) - 1}), got {rows.min()} to {rows.max()}.")
     bounds = zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)
-    return [packed[start:end].tobytes().decode() for start, end in bounds]
+    try:
+        return [packed[start:end].tobytes().decode() for start, end in bounds]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"A text or an id of the catalog is not UTF-8 ({error.reason}): its file was edited. Save or download it again."
+        ) from None
 
 
 def hash_rows(packed, offsets):

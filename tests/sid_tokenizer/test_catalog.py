@@ -373,7 +373,7 @@ EDITS = {
     "no pruning": (leave_out("pruning"), "lacks.*pruning"),
     "bytes of no width": (
         lambda columns, config: columns.update(product_id_bytes=np.zeros((10**12, 0), np.uint8)),
-        "product_id_bytes .* shape",
+        "product_id_bytes.* shape",
     ),
     "words for bytes": (
         lambda columns, config: columns.update(product_id_bytes=columns["product_id_bytes"].astype(np.int64)),

@@ -277,8 +277,8 @@ def test_a_file_replaced_while_it_is_read_is_not_linked(catalog, make_parts, tmp
     path, other, real = tmp_path / NAME, make_parts(seed=1)[2], catalog_file.read_tensors
     catalog.save(path)
 
-    def read(*args):
-        found = real(*args)
+    def read(*args, **options):
+        found = real(*args, **options)
         other.save(path)
         return found
 

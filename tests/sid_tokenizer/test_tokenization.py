@@ -301,11 +301,11 @@ def test_bad_token_formats_are_refused(base_tokenizer, make_parts, token_format,
         SIDTokenizer.from_base(base_tokenizer, make_parts()[2], token_format=token_format)
 
 
-def test_token_format_that_merges_codes_beyond_ten(base_tokenizer):
-    codes = np.arange(12)[:, None]
-    catalog = ProductCatalog.build([str(code) for code in range(12)], codes, [12])
+def test_token_format_that_merges_layers_beyond_25(base_tokenizer):
+    """Code 10 of layer a and code 0 of layer a1 are one token where no character stands between letter and code."""
+    catalog = ProductCatalog.build(["p"], np.zeros((1, 26), dtype=int), [11] + [1] * 25)
     with pytest.raises(ValueError, match="token_format.*same token"):
-        SIDTokenizer.from_base(base_tokenizer, catalog, token_format="<{letter}_{code!s:.1}>")
+        SIDTokenizer.from_base(base_tokenizer, catalog, token_format="<{letter}{code}>")
 
 
 def test_layer_order(base_tokenizer, make_parts):

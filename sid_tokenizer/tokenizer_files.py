@@ -1,0 +1,72 @@
+"""The files of a tokenizer that transformers and tokenizers read themselves: limits before they do, and one kind of error after."""
+
+import os
+from contextlib import contextmanager
+from json import JSONDecodeError
+
+from .untrusted import file_bytes, parse_json, shown
+
+MAX_CONFIG_BYTES = 256 * 2**20
+MAX_CONFIG_VALUES = 16_000_000  # a token takes up to eight where the configuration lists them
+MAX_TOKENIZER_BYTES = 2**30
+# Arguments of the tokenizer's class that are no settings: with them a configuration would pass itself off for checked files.
+NO_SETTINGS = ("sid_parts", "tokenizer_object", "init_inputs", "gguf_file", "vocab", "merges")
+
+
+def check_tokenizer_config(path):
+    """
+    Args:
+        path (`str` or `None`):
+            `tokenizer_config.json`, if there is one.
+
+    Raises:
+        `ValueError`: if it is no JSON object, too large or too deep, or sets what is no setting.
+    """
+    if path is None:
+        return
+    name, size = os.path.basename(path), file_bytes(path)
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{name} holds {size} bytes, more than the {MAX_CONFIG_BYTES} that are accepted.")
+    try:
+        with open(path, "rb") as file:
+            config = parse_json(file.read(MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save or download the bundle again."
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} must hold a JSON object, found {type(config).__name__}. Save the bundle again.")
+    wrong = [key for key in config if key in NO_SETTINGS or key.endswith(("_file", "_files"))]
+    if wrong:
+        raise ValueError(
+            f"{name} sets {shown(wrong[0])}, which no save writes: it was edited. Save or download the bundle again."
+        )
+
+
+@contextmanager
+def tokenizer_errors(everything=False):
+    """
+    Turns what a damaged `tokenizer.json` or `tokenizer_config.json` raises in transformers and tokenizers into a `ValueError`.
+
+    Args:
+        everything (`bool`, *optional*, defaults to `False`):
+            Whether errors that programs of any kind raise are meant, too, rather than those of reading JSON only. tokenizers
+            raises bare `Exception`s, and panics.
+    """
+    try:
+        yield
+    except BaseException as error:
+        unreadable = isinstance(error, JSONDecodeError | RecursionError | UnicodeDecodeError)
+        strange = type(error) is Exception or type(error).__name__ == "PanicException"
+        strange |= isinstance(error, TypeError | LookupError | AttributeError | OverflowError | UnicodeEncodeError)
+        if unreadable:
+            raise ValueError(
+                f"tokenizer_config.json is not valid JSON ({error}): it is truncated or was edited. Save or download the bundle "
+                "again."
+            ) from None
+        if everything and strange:
+            raise ValueError(
+                f"tokenizer.json or tokenizer_config.json cannot be read ({type(error).__name__}: {error}): one of them was "
+                "edited, or another version of transformers wrote it. Save or download the bundle again."
+            ) from error
+        raise
