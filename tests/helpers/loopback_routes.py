@@ -97,7 +97,7 @@ def describe(repo, commit, blobs=False):
         card = read_metadata(readme) or {}
     except ValueError:
         card = {}
-    index, tags = card.pop("model-index", None), card.get("tags")
+    tags = card.get("tags")
     siblings = [{"rfilename": path} for path in commit.files]
     if blobs:
         for row, file in zip(siblings, commit.files.values(), strict=True):
@@ -118,7 +118,12 @@ def describe(repo, commit, blobs=False):
     if isinstance(card.get("license"), str):
         answer["tags"].append(f"license:{card['license']}")
     if repo.kind == "model":
-        answer |= {"modelId": repo.id, "spaces": [], "model-index": index, "pipeline_tag": card.get("pipeline_tag")}
+        answer |= {
+            "modelId": repo.id,
+            "spaces": [],
+            "model-index": card.get("model-index"),
+            "pipeline_tag": card.get("pipeline_tag"),
+        }
         answer |= {"library_name": card.get("library_name")}
     if repo.kind == "space":
         runtime = {"stage": "NO_APP_FILE", "hardware": {"current": None, "requested": None}, "storage": None}

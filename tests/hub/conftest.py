@@ -10,7 +10,7 @@ import huggingface_hub
 import huggingface_hub.hf_api
 import huggingface_hub.hf_file_system
 import pytest
-import transformers.dynamic_module_utils  # noqa: F401
+import transformers
 from loopback_hub import LoopbackHub
 
 LIBRARIES = ("huggingface_hub", "transformers", "datasets", "evaluate", "peft", "accelerate")
@@ -74,6 +74,7 @@ def hub_client(hub, monkeypatch, tmp_path):
     file_system = huggingface_hub.hf_file_system.hffs
     for client in (huggingface_hub.hf_api.api, file_system, file_system._api):
         monkeypatch.setattr(client, "endpoint", hub.endpoint)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
