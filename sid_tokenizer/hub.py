@@ -135,8 +135,7 @@ def push_folder(
 @contextmanager
 def hub_errors(repo_id, token=None):
     """
-    Turns what the client raises in the block into errors of one line that say what to do, and hold no token: neither in their
-    words, nor in the request that the client's errors carry along.
+    Turns what the client raises in the block into errors of one line that say what to do, and hold no token.
 
     Args:
         repo_id (`str`):
@@ -147,25 +146,18 @@ def hub_errors(repo_id, token=None):
     Raises:
         `PermissionError`, `ValueError` or `ConnectionError`: in place of the client's.
     """
-    failure = None
     try:
         yield
     except (HTTPError, LocalTokenNotFoundError, ConnectionError, JSONDecodeError) as error:
-        failure = _readable(error, repo_id)
+        raise _readable(error, repo_id, token) from None
     except RuntimeError as error:
         if not isinstance(error.__cause__, HTTPError):  # what the client makes of a failed upload of one file
             raise
-        failure = _readable(error.__cause__, repo_id)
+        raise _readable(error.__cause__, repo_id, token) from None
     except ValueError as error:
         if not str(error).startswith("Invalid metadata"):
             raise
-        failure = ValueError(f"The card for {repo_id} is not valid: {_one_line(error)}")
-    if failure is not None:
-        message = str(failure)
-        if isinstance(token, str) and token:
-            message = message.replace(token, "<token>")
-        # Outside of the handler, so that the client's error, which holds the request with its headers, is not its context.
-        raise type(failure)(re.sub(r"hf_\w{8,}", "<token>", message))
+        raise ValueError(f"The card for {repo_id} is not valid: {_one_line(error, token)}") from None
 
 
 def _commit(api, folder, names, where, revision, create_pr, delete_patterns, commit_message, commit_description):
@@ -207,9 +199,9 @@ def _files(folder):
     ]
 
 
-def _readable(error, repo_id):
+def _readable(error, repo_id, token):
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    said = _one_line(getattr(error, "server_message", None) or error)
+    said = _one_line(getattr(error, "server_message", None) or error, token)
     if isinstance(error, LocalTokenNotFoundError):
         return PermissionError(
             f"There is no token to push to {repo_id} with. Run `hf auth login`, set HF_TOKEN, or pass token."
@@ -240,5 +232,8 @@ def _readable(error, repo_id):
     )
 
 
-def _one_line(text):
-    return re.sub(r"\s+", " ", str(text)).strip()[:300]
+def _one_line(text, token=None):
+    text = re.sub(r"\s+", " ", str(text)).strip()
+    if isinstance(token, str) and token:
+        text = text.replace(token, "<token>")
+    return re.sub(r"hf_\w{8,}", "<token>", text)[:300]
