@@ -224,7 +224,9 @@ def _read_prompt(path):
     prompt = read_json(path)
     strangers = sorted(set(prompt) - {"template", "prefix", "suffix"})
     if strangers:
-        raise ValueError(f"{PROMPT_FILE} holds {shown(strangers[0])}, which this version of rqsid does not know.")
+        raise ValueError(
+            f"{PROMPT_FILE} holds {', '.join(strangers)[:200]}, which this version of rqsid does not know."
+        )
     try:
         # Bundles of earlier versions have no suffix, since nothing stood behind a prompt.
         template, markup = PromptTemplate(**prompt["template"]), [prompt["prefix"], prompt.get("suffix", [])]

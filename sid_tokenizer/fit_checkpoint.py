@@ -4,11 +4,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import processes
 from .files import replace_atomically
+from .untrusted import is_whole, parse_json, read_header
 
 FILE = "fit.safetensors"
 
@@ -113,11 +115,19 @@ class FitCheckpoint:
         if not self.path.is_file():
             return
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-            same, state = metadata["fit"] == self.fit, json.loads(metadata["state"])
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            shapes, metadata = read_header(self.path)
+            if "fit" not in metadata or "state" not in metadata:
+                raise ValueError("it has no state of a fit")
+            same = metadata["fit"] == self.fit
+            if same:
+                # Only then, since the tensors of another fit may be of any size.
+                state = parse_json(metadata["state"].encode())
+                self._check(shapes, state)
+                with safe_open(self.path, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name).to(device) for name in shapes}
+                if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                    raise ValueError("it holds NaN or infinite values")
+        except (SafetensorError, ValueError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read ({error}). Delete it to fit from the start.") from error
         if not same:
             raise ValueError(
@@ -125,6 +135,34 @@ class FitCheckpoint:
                 "delete it, or pass another checkpoint_dir."
             )
         self._tensors, self._state = tensors, state
+
+    def _check(self, shapes, state):
+        """That a state is one that a fit with this configuration writes, and the tensors those that belong to it."""
+        arguments, dim = json.loads(self.fit)[:2]
+        sizes = arguments["codebook_sizes"]
+        finished = state.get("finished") if isinstance(state, dict) else None
+        if not is_whole(finished, 0, len(sizes)):
+            raise ValueError("its state is none of a fit")
+        layers = finished
+        if "unfinished" in state:
+            layers += 1
+            if (
+                not is_whole(state["unfinished"], finished, min(finished, len(sizes) - 1))
+                or set(state) != {"finished", "unfinished", "iterations"}
+                or not is_whole(state["iterations"], 0, 2**31)
+            ):
+                raise ValueError("its state is none of a fit")
+        for index in range(layers):
+            if f"{index}.codebook" not in shapes:
+                raise ValueError(f"it lacks the codebook of layer {index}")
+        expected = {"codebook": lambda size: [size, dim], "prices": lambda size: [size], "scale": lambda size: [1]}
+        for name, (dtype, shape) in shapes.items():
+            index, _, part = name.partition(".")
+            good = index.isdecimal() and len(index) < 4 and int(index) < layers and part in expected
+            if not good or dtype not in ("F16", "BF16", "F32", "F64"):
+                raise ValueError(f"{name!r} is no tensor of its state")
+            if shape != expected[part](sizes[int(index)]):
+                raise ValueError(f"{name!r} has the shape {shape}")
 
 
 def _named(index, **tensors):

@@ -5,7 +5,7 @@ from itertools import islice
 from .prompts import SID, Title, flatten_text
 
 # Letters that no template changes, and that stand in none.
-SENTINEL = "Qz7wjXk4vB"
+SENTINEL, SYSTEM_SENTINEL = "Qz7wjXk4vB", "Jq9bVxW3zK"
 
 
 def encode_prompts(tokenizer, examples, max_length=None):
@@ -148,6 +148,8 @@ def find_prompt_markup(base, template):
         return base.convert_ids_to_tokens(whole[:start] if start is not None else []), []
     rendered = _render_chat(base, template.system)
     whole, bare = (base(text, add_special_tokens=False)["input_ids"] for text in (rendered, SENTINEL))
+    if template.system is not None:
+        _check_system(base, template.system, whole)
     start = _find(whole, bare)
     if start is not None:
         before, behind = whole[:start], whole[start + len(bare) :]
@@ -187,6 +189,24 @@ def _render_chat(base, system):
             f"{rendered!r}). Leave system out."
         )
     return rendered
+
+
+def _check_system(base, system, rendered_ids):
+    """
+    Raises:
+        `ValueError`: if a system message is read as control tokens, though it holds none as it stands: full-width letters that a
+            normaliser changes, for instance, or half a token that the chat template completes.
+    """
+    added = base.get_added_vocab()
+    control = {token_id for token, token_id in added.items() if not token.strip().isalnum()} | {*base.all_special_ids}
+    control.discard(base.unk_token_id)
+    harmless = base(_render_chat(base, SYSTEM_SENTINEL), add_special_tokens=False)["input_ids"]
+    found, expected = ([token for token in ids if token in control] for ids in (rendered_ids, harmless))
+    if found != expected:
+        tokens = base.convert_ids_to_tokens([token for token in found if token not in expected] or found)
+        raise ValueError(
+            f"system={system!r} is read as the control tokens {tokens[:5]} by the base tokenizer. Leave out what they are made of."
+        )
 
 
 def _find(whole, part):

@@ -134,7 +134,7 @@ class PromptTemplate:
         }
         for name, (kind, words) in kinds.items():
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or (name == "max_length" and isinstance(value, bool)):
                 raise TypeError(f"{name}={value!r} must be {words}, got {type(value).__name__}.")
         for name, entries in (("fields", self.fields), ("labels", self.labels.values())):
             strangers = [entry for entry in entries if not isinstance(entry, str)]

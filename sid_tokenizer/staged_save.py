@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from .catalog_file import check_successor, lock_folder
 from .files import read_json, write_json
+from .untrusted import shown
 
 STAGING = ".sid_save-"
 # A folder that is there while files are being replaced, and holds what they were; while it is there, they count.
@@ -34,13 +35,16 @@ def staged_save(folder, catalog, catalog_name, manifest_name, read_manifest):
             Gives the manifest of a path, or raises a `ValueError`.
 
     Raises:
-        `ValueError`: if `folder` holds changes to this catalog that it does not know: somebody saved in the meantime.
+        `ValueError`: if `folder` holds changes to this catalog that it does not know: somebody saved in the meantime. Also if
+            what a save has left there would lead out of the folder, which no save leaves, but a folder from elsewhere can hold.
     """
     os.makedirs(folder, exist_ok=True)
     with lock_folder(folder) as locked:
         for name in os.listdir(folder):
-            if locked and name.startswith(STAGING):  # of a save that was killed; nobody else is saving now
-                shutil.rmtree(os.path.join(folder, name))
+            path = os.path.join(folder, name)
+            # Of a save that was killed; nobody else is saving now. What is no folder is none of a save.
+            if locked and name.startswith(STAGING) and os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
         staging = tempfile.mkdtemp(prefix=STAGING, dir=folder)
         try:
             # First, since the catalog of a save that died was never anybody's.
@@ -62,6 +66,9 @@ def recovered(folder):
     Args:
         folder (`str`):
             A local folder; anything else is yielded as it is.
+
+    Raises:
+        `ValueError`: if what a save has left there cannot be its own.
     """
     if not _is_torn(folder):
         yield folder
@@ -90,6 +97,9 @@ def _commit(staging, folder, manifest_name):
         for name in sorted(_files(staging), key=lambda name: (name == manifest_name, name))
         if not _is_same_file(os.path.join(staging, name), os.path.join(folder, name))
     ]
+
+    for name in names:
+        _check_name(folder, name)
 
     # 1. what is to be replaced, under another name: all of it or nothing
     added, previous = [], os.path.join(staging, PREVIOUS)
@@ -140,12 +150,46 @@ def _restore(folder, staging):
 def _previous(folder):
     """Paths to the files that were replaced, by name, and the names of those that were not there."""
     previous = os.path.join(folder, PREVIOUS)
-    kept = {name: os.path.join(previous, KEPT, name) for name in _files(os.path.join(previous, KEPT))}
-    return kept, read_json(os.path.join(previous, ADDED))["added"]
+    try:
+        # What a save leaves are folders; a link to one would let the next save move files of others.
+        if any(os.path.islink(path) for path in (previous, os.path.join(previous, KEPT))):
+            raise ValueError("it is a link")
+        kept = {name: os.path.join(previous, KEPT, name) for name in _files(os.path.join(previous, KEPT))}
+        content = read_json(os.path.join(previous, ADDED))
+        added = content.get("added")
+        if not isinstance(added, list) or not all(isinstance(name, str) for name in added):
+            raise ValueError(f"{ADDED} has no list of names")
+        for name in [*kept, *added]:
+            _check_name(folder, name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{previous} holds no files of a save that died ({error}), although it is named so. Delete it, or save or download "
+            "the bundle again."
+        ) from None
+    return kept, added
+
+
+def _check_name(folder, name):
+    """
+    Raises:
+        `ValueError`: if a save would not write a file of this name, or it lies outside the folder.
+    """
+    parts = name.split(os.sep)
+    leads_out = os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in parts
+    if leads_out or os.path.normpath(name) != name or name == "." or "\0" in name or parts[0] == PREVIOUS:
+        raise ValueError(f"{shown(name)} is no name of a file of the folder")
+    # Saves of a tokenizer write no weights: whoever has put some there since must not lose them.
+    if name.endswith((".safetensors", ".bin", ".pt", ".gguf")) and not name.startswith("sid_"):
+        raise ValueError(f"{shown(name)} is no file that a tokenizer saves")
+    inner = [os.path.join(folder, *parts[:count]) for count in range(1, len(parts))]
+    if any(os.path.islink(path) for path in inner):
+        raise ValueError(f"{shown(name)} lies behind a link to another folder. Replace the link by a folder")
+    if os.path.isdir(os.path.join(folder, name)) and not os.path.islink(os.path.join(folder, name)):
+        raise ValueError(f"{shown(name)} is a folder there")
 
 
 def _is_torn(folder):
-    return isinstance(folder, str | os.PathLike) and os.path.isdir(os.path.join(folder, PREVIOUS))
+    return isinstance(folder, str | os.PathLike) and os.path.lexists(os.path.join(folder, PREVIOUS))
 
 
 def _files(folder):

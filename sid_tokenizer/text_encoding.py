@@ -5,13 +5,26 @@ import json
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+MAX_GAP = 2**20
+
 
 class TextEncoder:
     r"""
     A copy of a tokenizer's backend that knows neither SID nor control tokens, so that no query can inject one.
 
-    Removing the tokens is what it takes: `encode_special_tokens=True` leaves added tokens that are not special, as SIDs
-    are, in force. Words that somebody added to a base tokenizer's vocabulary as plain text are kept if they consist of
+    Nothing is escaped, and no text is changed or refused: `<a_1>` and `</s>` are encoded as the characters that they are, and
+    decode to them again. This is done in three steps.
+
+    1. All added tokens are taken out of the copy. `encode_special_tokens=True` would leave those that are not special, as SIDs
+       are, in force. No spelling can bring back what is not there: neither spaces around a token, nor full-width letters
+       (`＜a_1＞`) that a normaliser turns into plain ones, nor a token written in two fields, since each piece of a prompt is
+       encoded on its own.
+    2. Words go back in, see below.
+    3. What comes out is looked through once more, for control pieces that the model's own vocabulary holds, as that of a
+       Unigram model can: these are left out.
+
+    In a prompt all that users and catalogs say comes this way: queries, keys and values of profiles, titles, and the labels of the
+    template. SIDs come in as ids, found by product id, and the markup of a chat was rendered without them once and for all. Words that somebody added to a base tokenizer's vocabulary as plain text are kept if they consist of
     letters, digits and spaces, or of one character; any other added token, as `<|user|>` or another index's `<d_5>`,
     counts as a control token.
 
@@ -20,6 +33,9 @@ class TextEncoder:
             The full backend, with SID tokens.
         blocked_ids (`np.ndarray`): Shape: (n,).
             Token ids that text must never become: SID tokens and special tokens.
+
+    Raises:
+        `ValueError`: if ids lie far beyond the number of tokens, which would take memory for the gap.
     """
 
     def __init__(self, backend, blocked_ids):
@@ -27,7 +43,12 @@ class TextEncoder:
         added = state["added_tokens"]
         state["added_tokens"], state["post_processor"], state["truncation"], state["padding"] = [], None, None, None
         self.backend = Tokenizer.from_str(json.dumps(state))
-        size = max([backend.get_vocab_size(with_added_tokens=True), *(token["id"] + 1 for token in added)])
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        size = max([0, *vocabulary.values(), *(token["id"] for token in added)]) + 1
+        if size > 2 * len(vocabulary) + MAX_GAP:
+            raise ValueError(
+                f"The tokenizer has {len(vocabulary)} tokens, but ids up to {size - 1}: it was edited. Save or download it again."
+            )
         self.blocked = np.zeros(size, dtype=bool)
         self.blocked[blocked_ids] = True
 
