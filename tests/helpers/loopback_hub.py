@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -56,10 +57,6 @@ class Fault:
         return self.status, {"error": message}, headers
 
 
-class ConnectionCut(Exception):
-    """The connection ends here, whatever was promised."""
-
-
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -87,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.store.repo(self.user, kind, self.args["id"], write)
 
     def receive(self, limit):
-        """The body of the request, by its length or in chunks; of a cut upload no more than `limit` bytes."""
+        """The body of the request, by its length or in chunks; `None` where it is cut because it exceeds `limit`."""
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts, total = [], 0
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -95,13 +92,13 @@ class Handler(BaseHTTPRequestHandler):
                 total += size
                 self.rfile.readline()
                 if limit is not None and total > limit:
-                    raise ConnectionCut
+                    return None
             self.rfile.readline()
             return b"".join(parts)
         length = int(self.headers.get("Content-Length") or 0)
         if limit is not None and length > limit:
             self.rfile.read(limit)
-            raise ConnectionCut
+            return None
         return self.rfile.read(length)
 
     def answer(self):
@@ -110,24 +107,33 @@ class Handler(BaseHTTPRequestHandler):
         self.query, path = parse_qs(query, keep_blank_values=True), unquote(self.raw_path)
         self.extra_headers = {}
         fault = self.hub.next_fault(self.command, path)
-        status = None
-        try:
-            if fault and fault.delay:
-                time.sleep(fault.delay)
-            upload = self.command in ("PUT", "POST")
-            self.body = self.receive(fault.cut_after if fault and upload else None)
-            if fault and fault.cut_after is None and fault.status is not None:
-                status, body, headers = fault.answer()
-            else:
-                status, body, headers = self.dispatch()
-            if fault and fault.cut_after is not None and upload:
-                raise ConnectionCut
-            self.send(status, body, headers, fault.cut_after if fault else None)
-        except ConnectionCut:
-            status = None
+        cut_after = fault.cut_after if fault else None
+        upload = self.command in ("PUT", "POST")
+        if fault and fault.delay:
+            time.sleep(fault.delay)
+        self.body = self.receive(cut_after if upload else None)
+        if self.body is None:
+            self.hub.requests.append(Request(self.command, path, None))
             self.close_connection = True
-        finally:
-            self.hub.requests.append(Request(self.command, path, status))
+            return
+        if fault and cut_after is None and fault.status is not None:
+            status, body, headers = fault.answer()
+        else:
+            status, body, headers = self.dispatch()
+        if not isinstance(body, bytes):
+            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json; charset=utf-8"} | headers
+        cut = cut_after is not None and (upload or cut_after < len(body))
+        # Before anything is sent, so that whoever has the answer finds the request noted.
+        self.hub.requests.append(Request(self.command, path, None if cut else status))
+        self.close_connection = self.close_connection or cut
+        if cut and upload:
+            return
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body), "X-Request-Id": secrets.token_hex(8)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:cut_after] if cut else body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
@@ -161,21 +167,6 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(401, "Invalid credentials in Authorization header")
         return self.store.users[token]
 
-    def send(self, status, body, headers, cut_after):
-        if not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json; charset=utf-8"} | headers
-        self.send_response(status)
-        headers = headers | {"Content-Length": str(len(body)), "X-Request-Id": secrets.token_hex(8)}
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if cut_after is not None and cut_after < len(body):
-            self.wfile.write(body[:cut_after])
-            raise ConnectionCut
-        self.wfile.write(body)
-
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -192,6 +183,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Clients that leave in the middle are part of the tests; nothing is printed."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError | TimeoutError):
+            self.hub.errors.append(error)
 
     def shutdown_request(self, request):
         # Without it a connection that is cut ends in a reset, and the client loses what it has received already.
@@ -258,7 +252,8 @@ class LoopbackHub:
     ):
         """
         Makes the next `times` requests fail whose method is `method` and in whose path (decoded, without query) the
-        regular expression `path` is found, after `skip` such requests that still succeed.
+        regular expression `path` is found, after `skip` such requests that still succeed. Of several faults that fit
+        the earlier one comes first, and only what it leaves is seen by the next.
 
         `status` is what they answer, with `message`, `X-Error-Code: code` and `Retry-After: retry_after`. `cut_after=n`
         cuts the connection instead: a download after `n` bytes of its body, an upload after `n` bytes of it were
@@ -276,6 +271,8 @@ class LoopbackHub:
     def next_fault(self, method, path):
         with self.lock:
             for fault in self.faults:
+                if method == "HEAD" and fault.cut_after is not None:
+                    continue  # an answer without a body cannot be cut
                 if fault.times and fault.method in (None, method) and re.search(fault.path, path):
                     if fault.skip:
                         fault.skip -= 1

@@ -77,6 +77,7 @@ def hub_client(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "")
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 

@@ -227,13 +227,15 @@ def test_downloads_in_parts_and_after_a_cut(hub, hub_client, monkeypatch):
         answer = get_session().get(url, headers={"Range": f"bytes={wanted}"})
         assert answer.status_code == 206 and answer.content == part
     assert get_session().get(url, headers={"Range": "bytes=99999-"}).status_code == 416
+    assert get_session().get(hub.endpoint + "/api/models/alice/m/nothing").status_code == 404
+    assert hub.unknown_requests == [("GET", "/api/models/alice/m/nothing")]
     with HfFileSystem().open("alice/m/w.bin", block_size=512) as file:
         file.seek(1000)
         assert file.read(50) == WEIGHTS[1000:1050]
 
     # Only what filled a whole piece of the client's, 10 MB, need not come again.
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)
-    hub.fail(method="GET", path="/resolve/main/w.bin", cut_after=9000)
+    hub.fail(path="/resolve/main/w.bin", cut_after=9000)
     before = len(hub.requests)
     assert read("alice/m", "w.bin", force_download=True) == WEIGHTS
     shown = [(request.method, request.status) for request in hub.requests[before:]]
