@@ -1,7 +1,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .beam_search import beam_search
-from .code_export import save_custom_generate
+from .code_export import save_custom_generate, save_pipeline_code
 from .configuration_baichuan import BaichuanConfig
 from .custom_generate import sid_generate
 from .generation_options import sid_generation_config
@@ -27,6 +27,7 @@ __all__ = [
     "beam_search",
     "initialize_sid_rows",
     "save_custom_generate",
+    "save_pipeline_code",
     "search",
     "sid_generate",
     "sid_generation_config",
