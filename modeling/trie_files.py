@@ -13,6 +13,18 @@ from .trie_building import edge_layout, measure_levels
 
 FORMAT_VERSION = 1
 CHUNK = 2**20
+MAX_CONFIG = 2**20  # three numbers a level, and levels are few
+# Besides damage: numbers of thousands of digits, depths, and types and sides of tensors that torch does not have.
+UNREADABLE = (
+    SafetensorError,
+    KeyError,
+    ValueError,
+    RecursionError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    OverflowError,
+)
 TYPES = {
     "edges": (torch.int16, torch.int32),
     "indptr": (torch.int32, torch.int64),
@@ -64,26 +76,34 @@ def read_trie(path, catalog=None):
         `ValueError`: if the file is no trie, is damaged, or belongs to another catalog.
     """
     name = os.path.basename(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{name} is no ordinary file. Save or download the trie again.")
     try:
         with safe_open(path, framework="pt") as file:
-            numbers = json.loads((file.metadata() or {})["sid_trie"])
-            if not isinstance(numbers, dict):
-                raise KeyError("sid_trie")
-            if numbers.pop("format_version", None) != FORMAT_VERSION:
-                raise ValueError(
-                    f"{name} has another format than version {FORMAT_VERSION}, which is the only one known here. Save the "
-                    f"trie again, or update rqsid."
-                )
-            missing = [key for key in NUMBERS if key not in numbers]
-            missing += sorted(set(TYPES) - {"product_mask"} - set(file.keys()))
-            if missing:
-                raise ValueError(f"{name} lacks {', '.join(missing)}: it was edited. Save the trie again.")
-            arrays = {key: file.get_tensor(key) for key in TYPES if key in file.keys()}
-    except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
+            config, found = (file.metadata() or {})["sid_trie"], set(file.keys())
+            arrays = {key: file.get_tensor(key) for key in TYPES if key in found}
+        if len(config) > MAX_CONFIG:
+            raise ValueError(f"its configuration has {len(config)} characters")
+        numbers = json.loads(config)
+        if not isinstance(numbers, dict):
+            raise ValueError(f"its configuration is a {type(numbers).__name__}")
+    except UNREADABLE as error:
         raise ValueError(
             f"{name} is not a readable file of a SIDTrie ({error}): it is truncated or something else. Save or download it "
             f"again."
         ) from None
+    version = numbers.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"{name} has another format than version {FORMAT_VERSION}, which is the only one known here. Save the trie again, "
+            f"or update rqsid."
+        )
+    missing = [key for key in NUMBERS if key not in numbers] + sorted(set(TYPES) - {"product_mask"} - found)
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}: it was edited. Save the trie again.")
+    strangers = sorted({*found, *numbers} - {*TYPES, *NUMBERS})
+    if strangers:
+        raise ValueError(f"{name} holds {strangers[0][:100]!r}, which no trie has. Save the trie again.")
     problem = find_damage(arrays, numbers)
     if problem is None and catalog is not None:
         if numbers["catalog_version"] != catalog.version_id:
@@ -114,6 +134,10 @@ def find_damage(arrays, numbers):
     for name, array in arrays.items():
         if array.dtype not in TYPES[name] or array.dim() != 1:
             return f"{name} is {array.dtype} of shape {tuple(array.shape)}"
+    # Whoever counts booleans by their values runs beyond its arrays if these are others than 0 and 1.
+    mask = arrays.get("product_mask")
+    if mask is not None and len(mask) and mask.view(torch.uint8).max() > 1:
+        return "product_mask holds other values than booleans"
     starts = numbers["level_starts"]
     if not isinstance(starts, list) or len(starts) < 3 or any(type(start) is not int for start in starts):
         return "level_starts is no list of integers for one level or more"
