@@ -1,17 +1,18 @@
 """Residual quantization: embeddings to one code per layer, and back."""
 
 import copy
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .checks import check_codes
 from .embeddings import EmbeddingReader
 from .initialization import INITIALIZATIONS
+from .pretrained_codebook import PretrainedCodebook
 from .processes import in_all, require_process_group
 from .residual_kmeans import Layer, assign_, assignment_terms, beam_codes, fit_residual_kmeans
 
@@ -20,6 +21,7 @@ PRESETS = {
     "fast": {"num_iterations": 5, "sample_per_code": 64, "num_sample_iterations": 15},
 }
 METRICS = ("euclidean", "cosine")
+MAX_BEAMS = 4096
 ENCODE_ROWS = 2048  # small enough that residuals and scores stay in the cache
 
 
@@ -112,19 +114,30 @@ class ResidualQuantizerConfig(PreTrainedConfig):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.embedding_dim is not None and not _is_whole(self.embedding_dim, 1):
+            raise ValueError(f"embedding_dim={self.embedding_dim!r} must be an integer, 1 or more; fit sets it.")
         for name, least in (
             ("num_iterations", 1),
             ("sample_per_code", 0),
             ("num_sample_iterations", 0),
             ("num_beams", 1),
+            ("seed", -(2**63)),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+            if not _is_whole(getattr(self, name), least):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer, at least {least}.")
+        if self.num_beams > MAX_BEAMS:
+            raise ValueError(f"num_beams={self.num_beams} must be at most {MAX_BEAMS}: memory grows with it.")
+        for name in ("relocation_threshold", "capacity"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ValueError(f"{name}={value!r} must be a number.")
+        if not isinstance(self.normalize_residuals, bool):
+            raise ValueError(f"normalize_residuals={self.normalize_residuals!r} must be True or False.")
         if not 0 <= self.relocation_threshold < 1:
             raise ValueError(
                 f"relocation_threshold={self.relocation_threshold} must lie in [0, 1): it is a share of the mean count."
             )
-        if self.capacity is not None and self.capacity < 1:
+        if self.capacity is not None and not 1 <= self.capacity < float("inf"):
             raise ValueError(
                 f"capacity={self.capacity} leaves no room for all items. It is a multiple of the mean count: pass 1 for equal "
                 "counts, or more."
@@ -141,6 +154,10 @@ class ResidualQuantizerConfig(PreTrainedConfig):
                 "num_beams=1 with them."
             )
         super().__post_init__(**kwargs)
+
+
+def _is_whole(value, least):
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _checked_skipped_codes(skipped, sizes):
@@ -171,7 +188,7 @@ def _checked_skipped_codes(skipped, sizes):
     return dict(sorted(checked.items())) or None
 
 
-class ResidualQuantizer(PreTrainedModel):
+class ResidualQuantizer(PretrainedCodebook):
     r"""
     Residual k-means: each layer quantizes what the layers before it left over (residual vector quantization, as in
     RQ-KMeans tokenizers for generative retrieval).
@@ -245,17 +262,6 @@ class ResidualQuantizer(PreTrainedModel):
         changed = type(self)(type(self.config).from_dict({**self.config.to_dict(), **changes}))
         changed._set_layers(copy.deepcopy(layers))
         return changed.to(dtype=self.codebooks[0].dtype)
-
-    def save_pretrained(self, *args, **kwargs):
-        self._require_fitted()
-        return super().save_pretrained(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        # transformers makes every weight that it loads trainable.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).requires_grad_(False)
-        return loaded
 
     @property
     def codebook_sizes(self):

@@ -5,10 +5,12 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .checks import check_codes
 from .embeddings import EmbeddingReader
+from .pretrained_codebook import PretrainedCodebook
+from .quantizer import MAX_BEAMS
 from .residual_kmeans import Layer, assign_, beam_codes
 from .rqvae_training import data_parallel, train
 
@@ -118,6 +120,9 @@ class RQVAEConfig(PreTrainedConfig):
                 f"codebook_sizes={self.codebook_sizes}: every layer needs at least one code. Pass one positive size per "
                 "layer, for instance [256, 256, 256]."
             )
+        dim = self.embedding_dim
+        if dim is not None and (not isinstance(dim, Integral) or isinstance(dim, bool) or dim < 1):
+            raise ValueError(f"embedding_dim={dim!r} must be an integer, 1 or more; fit sets it.")
         if min(self.hidden_sizes, default=1) < 1:
             raise ValueError(
                 f"hidden_sizes={self.hidden_sizes} must be positive; [] makes encoder and decoder linear."
@@ -142,6 +147,8 @@ class RQVAEConfig(PreTrainedConfig):
             value, least = getattr(self, name), 0 if name == "seed" else 1
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer, {least} or more.")
+        if self.num_beams > MAX_BEAMS:
+            raise ValueError(f"num_beams={self.num_beams} must be at most {MAX_BEAMS}: memory grows with it.")
         for name in ("learning_rate", "sinkhorn_epsilon", "weight_decay", "commitment_weight"):
             value, may_be_zero = getattr(self, name), name in ("weight_decay", "commitment_weight")
             if not isinstance(value, Real) or not (0 < value < float("inf") or (value == 0 and may_be_zero)):
@@ -162,7 +169,7 @@ class RQVAEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class RQVAE(PreTrainedModel):
+class RQVAE(PretrainedCodebook):
     r"""
     RQ-VAE: an encoder, residual quantization of its output, and a decoder, trained together (TIGER, Rajput et al., arXiv
     2305.05065; LC-Rec, Zheng et al., arXiv 2311.09049).
@@ -214,22 +221,6 @@ class RQVAE(PreTrainedModel):
 
     def _init_weights(self, module):
         pass  # weights are trained or loaded
-
-    def save_pretrained(self, *args, **kwargs):
-        self._require_fitted()
-        return super().save_pretrained(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            # transformers warns, and leaves in their place whatever the memory held before.
-            raise ValueError(
-                f"The saved RQVAE lacks the weights {sorted(info['missing_keys'])}: its files are incomplete, or do not "
-                "belong to its config.json. Save it again."
-            )
-        model.requires_grad_(False)  # transformers makes every weight that it loads trainable
-        return (model, info) if output_loading_info else model
 
     @property
     def codebook_sizes(self):

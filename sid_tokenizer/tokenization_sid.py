@@ -2,15 +2,12 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from json import JSONDecodeError
 
 import numpy as np
 import torch
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from .bundle import (
     CATALOG_FILE,
@@ -19,20 +16,16 @@ from .bundle import (
     PROMPT_FILE,
     check_layer_order,
     read_bundle,
-    read_manifest,
-    write_bundle,
 )
-from .catalog_file import note_path
 from .codebook_version import check_quantizer
-from .files import check_file
+from .pretrained_tokenizer import PretrainedSIDTokenizer
 from .prompt_encoding import check_titles, encode_prompts, encode_sessions, find_prompt_markup
 from .prompts import PromptTemplate
 from .sid_tokens import TOKEN_FORMAT, layer_tokens
-from .staged_save import recovered, staged_save
 from .text_encoding import TextEncoder
 
 
-class SIDTokenizer(PreTrainedTokenizerFast):
+class SIDTokenizer(PretrainedSIDTokenizer):
     r"""
     A base text tokenizer with SID tokens, a [`ProductCatalog`], the quantizer's codebooks and a [`PromptTemplate`].
 
@@ -108,38 +101,11 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 "different saves. Save or download the bundle again."
             )
         self._index_tokens()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        name = pretrained_model_name_or_path
-        local = os.path.join(name, kwargs.get("subfolder") or "") if os.path.isdir(name) else name
-        try:
-            with recovered(local) as folder:
-                if folder == local:
-                    return super().from_pretrained(name, *args, **kwargs)
-                tokenizer = super().from_pretrained(folder, *args, **kwargs | {"subfolder": ""})
-                tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = os.fspath(name)
-                return tokenizer
-        except JSONDecodeError as error:
-            # The files of the bundle are checked and named elsewhere; this one is transformers' own.
+        sids = set(self.sid_vocabulary().tolist())
+        if sids & set(self.convert_tokens_to_ids(self.prompt_prefix + self.prompt_suffix)):
             raise ValueError(
-                f"tokenizer_config.json is not valid JSON ({error}): it is truncated or was edited. Save or download the "
-                "bundle again."
-            ) from None
-
-    @classmethod
-    def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
-        # transformers parses tokenizer.json before it calls __init__, and would not name a damaged one.
-        manifest = read_manifest(resolved_vocab_files.get("manifest_file"))
-        if resolved_vocab_files.get("tokenizer_file") is not None:
-            check_file(resolved_vocab_files["tokenizer_file"], manifest["files"]["tokenizer.json"])
-        return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
-
-    @classmethod
-    def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
-        # transformers would reduce tokenizer.json to vocabulary and merges, because this class has its own __init__, and
-        # so lose normaliser and pre-tokenizer without a word.
-        return kwargs
+                f"{PROMPT_FILE} puts SID tokens around prompts: it was edited. Save or download the bundle again."
+            )
 
     @classmethod
     def from_base(
@@ -277,7 +243,18 @@ class SIDTokenizer(PreTrainedTokenizerFast):
                 f"token_format={self.token_format!r} gives the same token to different codes; use both {{letter}} and "
                 "{code}, and a character between them."
             )
-        size = max(len(self), int(all_ids.max()) + 1)
+        size = len(self)
+        if int(all_ids.max()) >= size:
+            raise ValueError(
+                f"tokenizer.json gives a SID token the id {int(all_ids.max())}, but has {size} tokens: there are gaps, or it was "
+                "edited. Save or download the bundle again."
+            )
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            if getattr(self, f"{name}_id") in all_ids:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is a SID token of token_format={self.token_format!r}. Choose another "
+                    "token_format, or another token."
+                )
         self._token_layer = np.full(size, -1, dtype=np.int64)
         self._token_code = np.full(size, -1, dtype=np.int64)
         for layer, ids in enumerate(self._layer_token_ids):
@@ -554,31 +531,6 @@ class SIDTokenizer(PreTrainedTokenizerFast):
         if isinstance(examples, Mapping):
             raise TypeError("encode_sessions takes a list of examples; wrap a single one: [example].")
         return encode_sessions(self, examples, max_length)
-
-    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
-        """
-        As `PreTrainedTokenizerFast.save_pretrained`. If the save dies half-way, the folder still loads as it was. A catalog that
-        has not changed since it was loaded or last saved is linked, not written again.
-
-        Raises:
-            `ValueError`: if the folder holds changes to this catalog that it does not know, because somebody else saved them in
-                the meantime.
-        """
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "token") if name in kwargs}
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file. Pass a folder.")
-        with staged_save(save_directory, self.catalog, CATALOG_FILE, MANIFEST_FILE, read_manifest) as staging:
-            saved = super().save_pretrained(staging, *args, **kwargs)
-        note_path(self.catalog, os.path.join(staging, CATALOG_FILE), os.path.join(save_directory, CATALOG_FILE))
-        if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
-        return tuple(os.path.join(save_directory, os.path.relpath(path, staging)) for path in saved)
-
-    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        if filename_prefix:
-            raise ValueError(f"filename_prefix={filename_prefix!r}: the files of a bundle have fixed names.")
-        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return (*file_names, *write_bundle(self, save_directory))
 
 
 def _ragged(sequences):
