@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, sort_checkpoints
-from transformers.utils import PushInProgress, hf_api, logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
 
 from ..sid_tokenizer.files import read_json, write_json
 from .training_args import SIDTrainingArguments
@@ -20,13 +20,10 @@ logger = logging.get_logger(__name__)
 
 MANIFEST, ARGUMENTS, TRAINER_STATE = "sid_checkpoint.json", "training_args.json", "trainer_state.json"
 FORMAT_VERSION = 1
-# Of a checkpoint's files, those of the model, or of its adapter.
-MODEL_FILE = re.compile(
-    r"(config|generation_config|adapter_config)\.json|(model|adapter_model)[^/]*\.safetensors(\.index\.json)?"
-)
-# What is being made or deleted lies in folders of this name, which nobody takes for checkpoints, and nobody pushes: Trainer
-# leaves out what begins with an underscore.
+# What is being made or deleted lies in folders of this name, which nobody takes for checkpoints.
 TEMPORARY = "_sid_checkpoint-"
+# What is being pushed, likewise.
+PUSH_FOLDER = "_push-"
 
 
 # Saving
@@ -122,7 +119,7 @@ def finish_checkpoint(folder, should_save=True, num_processes=None):
             "is_finished": True,
             "global_step": read_json(state, max_bytes=2**30)["global_step"],
             "num_processes": num_processes,
-            "files": {name: os.path.getsize(os.path.join(folder, name)) for name in _files(folder)},
+            "files": {name: os.path.getsize(os.path.join(folder, name)) for name in list_files(folder)},
         }
         write_json(os.path.join(folder, MANIFEST), content)
     # Nobody deletes an older checkpoint from one node's disk before all nodes have this one.
@@ -152,61 +149,6 @@ def rotate_checkpoints(folder, save_total_limit, best_model_checkpoint=None):
     for path in others[: max(0, len(whole) - max(save_total_limit, len(protected)))]:
         logger.info(f"Deleting older checkpoint [{path}] due to save_total_limit={save_total_limit}")
         _remove(path)
-
-
-def push_checkpoint(trainer, folder):
-    """
-    Begins to upload a checkpoint, as `Trainer._push_from_checkpoint` of transformers 5.23, which however pickles the arguments,
-    `hub_token` included, into what it uploads.
-
-    Args:
-        trainer ([`SIDTrainer`]):
-            The trainer, whose `output_dir` gets copies of the model's files.
-        folder (`str`):
-            The checkpoint, whole already.
-    """
-    args, state = trainer.args, trainer.state
-    if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-        return
-    busy = trainer.push_in_progress  # which other processes do not have
-    if busy is not None and busy.is_done():
-        busy = None
-    if busy is not None and not args.hub_always_push:
-        return
-    trainer.callback_handler.on_push_begin(args, state, trainer.control)
-    for name in os.listdir(folder):
-        # Copies, since the checkpoint may be deleted before it is uploaded.
-        if MODEL_FILE.fullmatch(name):
-            shutil.copy(os.path.join(folder, name), os.path.join(args.output_dir, name))
-    trainer.processing_class.save_pretrained(args.output_dir)
-    write_arguments(args, args.output_dir)
-    by_steps = args.save_strategy == SaveStrategy.STEPS
-    message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
-    options = {
-        "repo_id": trainer.hub_model_id,
-        "token": args.hub_token,
-        "revision": args.hub_revision,
-        "run_as_future": True,
-    }
-    jobs = [
-        hf_api().upload_folder(
-            folder_path=args.output_dir,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
-            commit_message=message,
-            **options,
-        )
-    ]
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else os.path.basename(folder)
-        jobs.append(
-            hf_api().upload_folder(
-                folder_path=folder, path_in_repo=name, commit_message=f"{message}, checkpoint", **options
-            )
-        )
-    if busy is not None:
-        busy.jobs.extend(jobs)
-    else:
-        trainer.push_in_progress = PushInProgress(jobs)
 
 
 # Resuming
@@ -355,15 +297,15 @@ def check_checkpoint(folder, to_resume=True):
         )
     if to_resume and not any(re.fullmatch(r"rng_state(_\d+)?\.pth", name) for name in manifest["files"]):
         raise ValueError(
-            f"{folder} holds a model, but no state of the optimizer (save_only_model=True), so the training that it comes from "
-            "cannot go on as if uninterrupted. Load the model from there and start a new training."
+            f"{folder} holds a model, but no state of the optimizer (it was saved with save_only_model=True, or pushed without "
+            "hub_push_optimizer=True), so the training that it comes from cannot go on as if uninterrupted. Load the model from there and start a new training."
         )
 
 
 def remove_unfinished(output_dir, should_save=True):
     """
-    Removes what saves and deletions that were killed left in `output_dir`: checkpoints marked as unfinished, and the remains
-    of those that were being deleted. Folders without a mark are somebody else's, and stay. To be called when training
+    Removes what saves, deletions and pushes that were killed left in `output_dir`: checkpoints marked as unfinished, the remains
+    of those that were being deleted, and links to those that were being pushed. Folders without a mark are somebody else's, and stay. To be called when training
     begins, after [`checkpoint_to_resume`], while nobody else saves there.
 
     Args:
@@ -376,7 +318,7 @@ def remove_unfinished(output_dir, should_save=True):
         return
     for name in sorted(os.listdir(output_dir)):
         folder = os.path.join(output_dir, name)
-        if name.startswith(TEMPORARY):
+        if name.startswith((TEMPORARY, PUSH_FOLDER)):
             shutil.rmtree(folder, ignore_errors=True)
         elif re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) and _is_unfinished(folder):
             logger.warning(f"Removing {folder}: its save was interrupted.")
@@ -458,8 +400,11 @@ def _is_unfinished(folder):
         return False
 
 
-def _files(folder):
-    """Names of all files below a folder, but for the list of them."""
+def list_files(folder):
+    """
+    Returns:
+        `list[str]`: the names of all files below a checkpoint's folder, but for that of the list of them.
+    """
     paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
     names = [os.path.relpath(path, folder).replace(os.sep, "/") for path in paths]
     return [name for name in names if name != MANIFEST and not re.fullmatch(rf"{re.escape(MANIFEST)}\..*\.tmp", name)]

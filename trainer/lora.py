@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 # What the adapter's own files do not say: which SID tokens it was trained with, and how many rows its base model had then.
 ADAPTER_FILE = "sid_adapter.json"
 FORMAT_VERSION = 1
+# The name of a repository on the Hub, and no path.
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def add_lora(model, tokenizer, peft_config):
@@ -264,9 +266,11 @@ def save_lora(model, save_directory, state_dict=None, is_main_process=True):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_lora(name, base_model=None, is_trainable=False, revision=None, **kwargs):
+def load_lora(name, base_model=None, is_trainable=False, revision=None, token=None, **kwargs):
     """
-    Loads what [`save_lora`] saved, and the model below it, which gets as many rows as it had in training.
+    Loads what [`save_lora`] saved, and the model below it, which gets as many rows as it had in training. Of an adapter on the
+    Hub nothing is run and nothing unpickled: its weights are safetensors, and so are those of the model that it names, whose code is
+    run only with `trust_remote_code=True`.
 
     Args:
         name (`str`):
@@ -278,15 +282,19 @@ def load_lora(name, base_model=None, is_trainable=False, revision=None, **kwargs
             Whether to go on training it.
         revision (`str`, *optional*):
             The adapter's revision on the Hub.
+        token (`str` or `bool`, *optional*):
+            A token for private repositories; the one of `hf auth login` or `HF_TOKEN` if not given.
         **kwargs:
-            For `from_pretrained` of the model below, such as `dtype`.
+            For `from_pretrained` of the model below, such as `dtype`; for a model that an adapter on the Hub names also
+            `use_safetensors=False`, if it has weights in another format only.
 
     Returns:
         `peft.PeftModel`: for [`search`]; `merge_and_unload()` makes an ordinary model of it.
 
     Raises:
         `ImportError`: if `peft` is not installed.
-        `ValueError`: if nothing says how many rows the model had, or the one below is another.
+        `ValueError`: if nothing says how many rows the model had, the one below is another, the weights are no safetensors, or an
+            adapter on the Hub names a path.
 
     Example:
 
@@ -298,30 +306,51 @@ def load_lora(name, base_model=None, is_trainable=False, revision=None, **kwargs
     ```
     """
     peft = _import_peft()
-    options = {} if revision is None else {"revision": revision}
+    options = {key: value for key, value in (("revision", revision), ("token", token)) if value is not None}
     config = peft.PeftConfig.from_pretrained(name, **options)
-    path = cached_file(name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **options)
+    path, weights = (
+        cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        for file in (ADAPTER_FILE, peft.utils.SAFETENSORS_WEIGHTS_NAME)
+    )
     if path is None:
         raise ValueError(
             f"{name} holds an adapter, but no {ADAPTER_FILE}, which says how many rows its base model needs: save_lora writes "
             "it. For an adapter that was saved otherwise, load the base model and the tokenizer that it was trained with, call "
             "initialize_sid_rows(model, tokenizer), and peft.PeftModel.from_pretrained(model, adapter)."
         )
+    if weights is None:
+        raise ValueError(
+            f"{name} has no {peft.utils.SAFETENSORS_WEIGHTS_NAME}. Weights in other formats are pickles, which are not loaded."
+        )
     details = read_json(path)
     if details.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{ADAPTER_FILE} has format version {details.get('format_version')}, this version of rqsid reads {FORMAT_VERSION}."
         )
-    size, fingerprint = details["vocab_size"], details["sid_codebook"]
+    size, fingerprint = details.get("vocab_size"), details.get("sid_codebook")
+    if type(size) is not int or not isinstance(fingerprint, str):
+        raise ValueError(
+            f"{ADAPTER_FILE} gives vocab_size={size!r} and sid_codebook={fingerprint!r}: it was edited. Save or download it again."
+        )
 
     if base_model is None:
         base_model = config.base_model_name_or_path
         kwargs = {"revision": config.revision, **kwargs}
         if not base_model:
             raise ValueError(
-                f"The adapter in {name} names no base model, as it was loaded from nowhere. Pass base_model=."
+                f"The adapter in {name} names no base model, as that came from nowhere, or from a folder. Pass base_model=."
             )
+        if not os.path.isdir(name):
+            if not REPO_ID.fullmatch(base_model):
+                raise ValueError(
+                    f"The adapter {name} on the Hub names {base_model!r} as its base model, which is no repository there. Pass "
+                    "base_model=."
+                )
+            kwargs.setdefault("use_safetensors", True)
     if isinstance(base_model, str):
+        if token is not None:
+            kwargs["token"] = token
+        kwargs.setdefault("trust_remote_code", False)  # else transformers asks at the terminal
         base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
     if getattr(base_model, "peft_config", None):
         raise ValueError(
@@ -333,6 +362,9 @@ def load_lora(name, base_model=None, is_trainable=False, revision=None, **kwargs
             f"with codebook {fingerprint}. Pass the model that the adapter was trained on as base_model=."
         )
     found = base_model.get_input_embeddings().num_embeddings
+    # Rows that the adapter does not hold are not made: they might be any number.
+    if size - found > os.path.getsize(weights):
+        raise ValueError(f"{ADAPTER_FILE} gives vocab_size={size}, and the adapter cannot hold that many rows.")
     held = set.intersection(*(_rows_held(module, base_model, config, size) for module in embedding_names(base_model)))
     if found > size or not set(range(found, size)) <= held:
         raise ValueError(

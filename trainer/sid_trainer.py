@@ -17,9 +17,9 @@ from ..modeling.beam_search import MAX_MEMORY, beam_search, default_num_beams
 from ..modeling.head import OutputHead
 from ..modeling.rows import initialize_sid_rows
 from ..modeling.trie import SIDTrie
+from ..sid_tokenizer.hub import hub_errors
 from .checkpoints import (
     checkpoint_to_resume,
-    push_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
     stream_position,
@@ -27,9 +27,12 @@ from .checkpoints import (
     write_arguments,
 )
 from .collator import IGNORED, SIDDataCollator, split_prompts
+from .evaluations import Evaluation, hub_dataset, split_bounds
+from .hub_pushes import push_checkpoint, push_model
 from .launching import check_launch, describe_training
 from .lora import add_lora, check_lora, save_lora
 from .losses import SIDVocabulary, answer_loss, token_losses
+from .model_card import write_model_card
 from .packing import check_packing
 from .preparation import prepare_dataset
 from .training_args import SIDTrainingArguments
@@ -114,6 +117,11 @@ class SIDTrainer(Trainer):
                 "support and which is slower than DDP. Start the script with `accelerate launch`, or let it see one GPU "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
+        if args.hub_codebook_id is not None and getattr(processing_class, "quantizer", None) is None:
+            raise ValueError(
+                f"hub_codebook_id={args.hub_codebook_id!r}, but the tokenizer has no quantizer, as that of an imported index. Leave "
+                "it out, or give the quantizer to SIDTokenizer.from_base."
+            )
         if model is None:
             raise TypeError(
                 "model is None. SIDTrainer gives the model its SID rows before training, so it takes no model_init: "
@@ -142,7 +150,12 @@ class SIDTrainer(Trainer):
             "label_smoothing": args.label_smoothing_factor,
         }
         self._head, self._is_evaluating = None, False
-        self._metric = None
+        self._metric, self._bounds = None, {}
+        # What the model card reports: [`Evaluation`]s by prefix of their metrics and by step, and at which step the model was what it
+        # is, if not at the last.
+        self.evaluations, self.loaded_step = {}, None
+        # On one process only, but asked for on all.
+        self.push_in_progress, self.push_executor, self.pushed_codebooks = None, None, {}
 
         train_dataset = self._prepare(train_dataset, "train", processing_class, args, training=True)
         if isinstance(eval_dataset, dict):
@@ -162,7 +175,7 @@ class SIDTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics if compute_metrics is not None else self.compute_retrieval_metrics,
+            compute_metrics=compute_metrics if compute_metrics is not None else self._compute_metrics,
             **kwargs,
         )
         if compute_metrics is None and not isinstance(eval_dataset, dict):
@@ -194,6 +207,8 @@ class SIDTrainer(Trainer):
             `ValueError`: if the checkpoint is not whole, or there is none.
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        self._finish_current_push()
+        self.evaluations, self.loaded_step = {}, None
         remove_unfinished(self.args.output_dir, self.args.should_save)
         # transformers 5.23 marks a model that was evaluated first as prepared, and would then train it without DDP, each
         # process on its own.
@@ -240,18 +255,93 @@ class SIDTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As `Trainer.save_model`, which with FSDP's sharded state dicts would save neither model nor tokenizer."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
-        if _internal_call or plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call=True)
+        self.save_whole_model(output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_whole_model(self, output_dir=None):
+        """Saves model, tokenizer and arguments, and pushes nothing. Every process calls it."""
+        if not self.saves_shards():
+            return super().save_model(output_dir, _internal_call=True)
+        plugin = self.accelerator.state.fsdp_plugin
         state_dict_type = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
-            return super().save_model(output_dir, _internal_call)
+            return super().save_model(output_dir, _internal_call=True)
         finally:
             plugin.set_state_dict_type(state_dict_type)
 
+    def saves_shards(self):
+        """Whether checkpoints hold FSDP's shards, and no model that `from_pretrained` could load."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None) if self.is_fsdp_enabled else None
+        return plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.loaded_step = self.state.best_global_step
+
     def _push_from_checkpoint(self, checkpoint_folder):
         push_checkpoint(self, checkpoint_folder)
+
+    def init_hf_repo(self, token=None, private=None):
+        """As `Trainer.init_hf_repo`, with errors of one line."""
+        token = token if token is not None else self.args.hub_token
+        with hub_errors(self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)), token):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message="End of training",
+        blocking=True,
+        token=None,
+        revision=None,
+        private=None,
+        tag=None,
+        **kwargs,
+    ):
+        """
+        Pushes model (or adapter), tokenizer and model card, as they are now, in one commit; the codebook before, to
+        `hub_codebook_id`, if there is one. Every process calls it. Pushes of checkpoints that are under way are waited for; what of
+        those failed was said in warnings.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                What the commit says.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait until it has been pushed.
+            token (`str`, *optional*):
+                `args.hub_token` if not given.
+            revision (`str`, *optional*):
+                The branch to push to, made if there is none; `args.hub_revision` if not given.
+            private (`bool`, *optional*):
+                Whether a repository that is made is private; `args.hub_private_repo` if not given.
+            tag (`str`, *optional*):
+                A tag for the commit.
+            **kwargs:
+                As [`~SIDTrainer.create_model_card`]: `license`, `language`, `tags`, `model_name`, `finetuned_from`, `dataset` …
+
+        Returns:
+            `CommitInfo`, or a `Future` of one if not `blocking`; `None` in all processes but the first.
+
+        Raises:
+            `PermissionError`, `ValueError`, `ConnectionError`: if the push fails; see [`~rqsid.sid_tokenizer.hub.push_folder`].
+        """
+        return push_model(self, commit_message, blocking, token, revision, private, tag, kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        """
+        Writes the model card, `README.md` in `output_dir`, from the run; see [`~rqsid.trainer.model_card.model_card`]. A card that
+        somebody else wrote keeps its text; its metadata get the results, and what they lack.
+
+        Args:
+            **kwargs:
+                As `Trainer.create_model_card`: `language`, `license`, `tags`, `model_name`, `finetuned_from`, `tasks`,
+                `dataset_tags`, `dataset`, `dataset_args`.
+        """
+        if self.is_world_process_zero():
+            write_model_card(self, *args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         # As Trainer's, which pickles the arguments in the end, tokens included.
@@ -330,12 +420,20 @@ class SIDTrainer(Trainer):
             output = super().evaluation_loop(*args, **kwargs)
         finally:
             self._head, self._is_evaluating = None, False
+        prefix = kwargs.get("metric_key_prefix", "eval")
         if self._loss_sums:
             # Trainer takes the mean of batches, whatever they hold; of processes the last ones hold rows twice.
             total, num_tokens = torch.cat(self._loss_sums).double().sum(0).tolist()
-            prefix = kwargs.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_loss"] = total / max(num_tokens, 1)
+        self._remember(prefix, output.metrics, kwargs.get("dataloader", args[0] if args else None))
         return output
+
+    def _remember(self, prefix, metrics, dataloader):
+        step = self.loaded_step if self.loaded_step is not None else self.state.global_step
+        metrics = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+        bounds, self._bounds = self._bounds, {}
+        found = Evaluation(step, metrics, bounds, hub_dataset(getattr(dataloader, "dataset", None)))
+        self.evaluations.setdefault(prefix, {})[step] = found
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -389,6 +487,11 @@ class SIDTrainer(Trainer):
         if self.args.eval_normalize == "vocab":
             return None
         return torch.cat([self.processing_class.sid_vocabulary(), torch.tensor([self.processing_class.eos_token_id])])
+
+    def _compute_metrics(self, eval_prediction):
+        bootstrap = self.args.eval_bootstrap if self.is_world_process_zero() else 0
+        metrics, self._bounds = split_bounds(self.compute_retrieval_metrics(eval_prediction, bootstrap=bootstrap))
+        return metrics
 
     def compute_retrieval_metrics(self, eval_prediction, groups=None, **kwargs):
         """

@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 from .losses import LOSSES
 
 
-@dataclass
+# With a __repr__ of its own, the class would print hub_token; that of TrainingArguments does not.
+@dataclass(repr=False)
 class SIDTrainingArguments(TrainingArguments):
     r"""
     `TrainingArguments` with what [`SIDTrainer`] needs besides.
@@ -42,6 +43,18 @@ class SIDTrainingArguments(TrainingArguments):
         eval_normalize (`str`, *optional*):
             Whether scores are log-probabilities over the whole vocabulary (`"vocab"`), or over SID tokens and the end token
             (`"sid"`). As the loss if not given.
+        eval_bootstrap (`int`, *optional*, defaults to 1000):
+            Resamples of the evaluation's rows for the 95 % intervals on the model card; 0 for none. They are not logged.
+
+        > Parameters that control pushes to the Hub
+
+        hub_codebook_id (`str`, *optional*):
+            A repository for the tokenizer's quantizer, pushed before the model, whose card names its commit. It is as private as
+            the model's.
+        hub_push_optimizer (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints are pushed (`hub_strategy="checkpoint"` and `"all_checkpoints"`) with what training goes on from:
+            the states of optimizer, schedule and random numbers. These files are pickles, which whoever resumes from the repository
+            has to trust; the model card says so. Without them, a checkpoint on the Hub is a model.
 
     > [!NOTE]
     > `remove_unused_columns` defaults to `False`, since the collator reads columns that a model's forward does not know,
@@ -70,6 +83,11 @@ class SIDTrainingArguments(TrainingArguments):
     eval_top_k: int = field(default=50, metadata={"help": "Products to rank for each prompt."})
     eval_num_beams: int | None = field(default=None, metadata={"help": "Beams of the search."})
     eval_normalize: str | None = field(default=None, metadata={"help": 'Softmax over "vocab" or "sid" tokens.'})
+    eval_bootstrap: int = field(default=1000, metadata={"help": "Resamples for the intervals on the model card."})
+    hub_codebook_id: str | None = field(default=None, metadata={"help": "A repository for the codebook."})
+    hub_push_optimizer: bool = field(
+        default=False, metadata={"help": "Push checkpoints with the optimizer's state, which are pickles."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,6 +99,13 @@ class SIDTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.eval_bootstrap < 0:
+            raise ValueError(f"eval_bootstrap={self.eval_bootstrap} must not be negative; 0 makes no intervals.")
+        if self.hub_codebook_id is not None and self.hub_codebook_id == self.hub_model_id:
+            raise ValueError(
+                f"hub_codebook_id and hub_model_id are both {self.hub_model_id!r}. The codebook's repository is one of its own; the "
+                "model's holds it too, as part of the tokenizer."
+            )
         if self.batch_eval_metrics or not self.eval_do_concat_batches:
             raise ValueError(
                 "batch_eval_metrics=True and eval_do_concat_batches=False hand metrics to compute_metrics in pieces, while "

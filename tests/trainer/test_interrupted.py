@@ -1,20 +1,16 @@
 """Trainings that are killed, and go on from the last whole checkpoint as if nothing had happened."""
 
-import concurrent.futures
 import importlib
 import json
 import os
 import signal
 import time
-import types
 
 import pytest
 import torch.distributed as dist
-import transformers.trainer
 from datasets import Dataset
 from dying_saves import copy
 from dying_training import DieWithinStep, before_each_write, die, in_child
-from huggingface_hub.utils import filter_repo_objects
 from transformers.trainer_utils import get_last_checkpoint
 
 from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
@@ -378,64 +374,6 @@ def test_arguments_are_json_without_tokens(make, tmp_path):
             read = read_arguments(folder)
             assert read.to_dict() == trainer.args.to_dict() and read.hub_token is None
             assert read.save_total_limit == 3 and read.lr_scheduler_type == "cosine" and read.eval_top_k == 7
-
-    assert in_child(act) == 0
-
-
-class FakeHub:
-    """Looks at folders in the moment in which their upload begins."""
-
-    def __init__(self):
-        self.uploads = []
-
-    def create_repo(self, name, **kwargs):
-        return types.SimpleNamespace(repo_id=f"someone/{name}")
-
-    def upload_folder(self, folder_path, run_as_future, token, path_in_repo="", ignore_patterns=None, **kwargs):
-        assert run_as_future and token == "hf_secret"
-        paths = [
-            os.path.relpath(os.path.join(at, name), folder_path)
-            for at, _, names in os.walk(folder_path)
-            for name in names
-        ]
-        paths = set(filter_repo_objects(paths, ignore_patterns=ignore_patterns))
-        for path in paths:
-            with open(os.path.join(folder_path, path), "rb") as file:
-                assert b"hf_secret" not in file.read(), path
-        siblings = sorted(name for name in os.listdir(os.path.dirname(folder_path)) if name.startswith("checkpoint-"))
-        self.uploads.append((path_in_repo, paths, siblings if path_in_repo else None, kwargs["commit_message"]))
-        done = concurrent.futures.Future()
-        done.set_result(None)
-        return done
-
-
-@one_family
-def test_whole_checkpoints_are_pushed_without_tokens(make, tmp_path, monkeypatch):
-    hub, run = FakeHub(), str(tmp_path / "run")
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
-    monkeypatch.setattr(checkpoints, "hf_api", lambda: hub)
-
-    def act():
-        args = {"push_to_hub": True, "hub_model_id": "m", "hub_token": "hf_secret", "hub_strategy": "checkpoint"}
-        trainer = make(run, SIDTrainer, max_steps=4, save_total_limit=1, **args)
-        trainer.train()
-        (model, names, _, message), (where, checkpoint, siblings, _) = hub.uploads[2:]
-        assert model == "" and message == "Training in progress, step 4" and where == "last-checkpoint"
-        assert {
-            "config.json",
-            "model.safetensors",
-            "training_args.json",
-            "sid_manifest.json",
-            "tokenizer.json",
-        } <= names
-        assert not [
-            name for name in names if name.startswith(("checkpoint-", "_")) or name.endswith((".bin", ".pt", ".pth"))
-        ]
-        # The list of files goes along, and the old checkpoint only when the new one has it.
-        assert {"sid_checkpoint.json", "optimizer.pt", "rng_state.pth", "trainer_state.json"} < checkpoint
-        assert siblings == ["checkpoint-2", "checkpoint-4"] and "checkpoint-2" not in os.listdir(run)
-        read = read_arguments(os.path.join(run, "checkpoint-4"))
-        assert read.push_to_hub and read.save_total_limit == 1
 
     assert in_child(act) == 0
 

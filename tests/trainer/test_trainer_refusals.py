@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rqsid.trainer.checkpoints import checkpoint_to_resume, push_checkpoint
+from rqsid.trainer.checkpoints import checkpoint_to_resume
+from rqsid.trainer.hub_pushes import push_checkpoint
 
 pytestmark = pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
 
@@ -54,5 +55,5 @@ def test_zero_resumes_with_as_many_processes(model, make_purchases, make_trainer
 def test_only_one_process_pushes(model, make_trainer):
     trainer = make_trainer(model)
     trainer.is_world_process_zero = lambda: False
-    assert not hasattr(trainer, "push_in_progress")
     push_checkpoint(trainer, "nowhere")
+    assert trainer.push_in_progress is None and trainer.hub_model_id is None

@@ -1,0 +1,142 @@
+"""What a model card reports of evaluations: metrics, their intervals, the step they belong to, and the data set."""
+
+import re
+from dataclasses import dataclass, field
+
+from huggingface_hub import EvalResult
+
+METRIC = re.compile(r"(item|sid)_(recall|ndcg|mrr)(?:@(\d+))?")
+NAMES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
+LEVELS = {"item": "Item-level", "sid": "SID-level"}
+CONFIDENCE = 0.95
+
+
+@dataclass
+class Evaluation:
+    """
+    What an evaluation found.
+
+    Args:
+        step (`int`): the optimizer step at which the model was evaluated.
+        metrics (`dict[str, float]`): without their prefix.
+        bounds (`dict[str, tuple[float, float]]`): 95 % intervals of some of them.
+        dataset (`dict`): `id`, `revision`, `config` and `split` of a data set on the Hub; empty for others.
+    """
+
+    step: int
+    metrics: dict
+    bounds: dict = field(default_factory=dict)
+    dataset: dict = field(default_factory=dict)
+
+
+def last_evaluations(trainer):
+    """
+    Returns:
+        `dict[str, Evaluation]`: what the card reports, by prefix: the evaluation of the model as it is, or else the last one.
+    """
+    step = trainer.loaded_step if trainer.loaded_step is not None else trainer.state.global_step
+    found = {
+        prefix: by_step.get(step, by_step[max(by_step)]) for prefix, by_step in _logged_evaluations(trainer).items()
+    }
+    for prefix, by_step in trainer.evaluations.items():
+        found[prefix] = by_step.get(step, by_step[max(by_step)])
+    return found
+
+
+def _logged_evaluations(trainer):
+    """Those of before an interruption, without intervals."""
+    found = {}
+    for entry in trainer.state.log_history:
+        metrics = {}
+        for name, value in entry.items():
+            match = re.fullmatch(rf"(eval(?:_.+?)?)_({METRIC.pattern}|invalid_rate|loss|num_rows)", name)
+            if match:
+                metrics.setdefault(match[1], {})[match[2]] = value
+        for prefix, values in metrics.items():
+            found.setdefault(prefix, {})[entry["step"]] = Evaluation(entry["step"], values)
+    return found
+
+
+def split_bounds(metrics):
+    """
+    Args:
+        metrics (`dict[str, float]`): As `sid_retrieval` gives them with `bootstrap`.
+
+    Returns:
+        `tuple[dict, dict]`: the metrics, and the bounds of their intervals as pairs.
+    """
+    bounds = {name: (metrics[f"{name}_low"], metrics[f"{name}_high"]) for name in metrics if f"{name}_low" in metrics}
+    taken = {f"{name}_{end}" for name in bounds for end in ("low", "high")}
+    return {name: value for name, value in metrics.items() if name not in taken}, bounds
+
+
+def eval_results(evaluations, dataset=None, dataset_args=None, bootstrap=0):
+    """
+    Args:
+        evaluations (`dict[str, Evaluation]`): By prefix.
+        dataset, dataset_args (`str` or `list[str]`, *optional*): What to call the data set, and what to say of it.
+        bootstrap (`int`, *optional*): Resamples of the intervals.
+
+    Returns:
+        `list[EvalResult]`: item-level metrics first, for the `model-index` of a card.
+    """
+    results = []
+    for prefix, evaluation in evaluations.items():
+        source = evaluation.dataset
+        called = as_list(dataset)[0] if dataset else source.get("id", prefix)
+        for level in LEVELS:
+            for metric, value in evaluation.metrics.items():
+                match = METRIC.fullmatch(metric)
+                if match is None or match[1] != level:
+                    continue
+                name, details = f"{LEVELS[level]} {_metric_name(match)}", {"step": evaluation.step}
+                if metric in evaluation.bounds:
+                    low, high = evaluation.bounds[metric]
+                    name += f" (95 % interval {low:.4f} to {high:.4f})"
+                    details |= {"low": low, "high": high, "confidence": CONFIDENCE, "bootstrap": bootstrap}
+                results.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        task_name="Generative retrieval",
+                        # A type is an id of the Hub; what lies elsewhere has none.
+                        dataset_type=source.get("id", "unpublished"),
+                        dataset_name=called,
+                        dataset_config=source.get("config"),
+                        dataset_split=source.get("split", prefix),
+                        dataset_revision=source.get("revision"),
+                        dataset_args={"description": as_list(dataset_args)[0]} if dataset_args else None,
+                        metric_type=metric,
+                        metric_name=name,
+                        metric_value=value,
+                        metric_args=details,
+                    )
+                )
+    return results
+
+
+def hub_dataset(dataset):
+    """
+    Where on the Hub a dataset was loaded from.
+
+    Args:
+        dataset (`Dataset`, or anything else)
+
+    Returns:
+        `dict`: `id`, `revision`, `config` and `split`; empty if it is not known, or not one.
+    """
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = {match.groups() for match in map(re.compile(r"hf://datasets/([^@]+)@(\w+)/").match, files) if match}
+    if len(found) != 1:
+        return {}
+    (name, revision), info = found.pop(), dataset.info
+    place = {"id": name, "revision": revision, "config": info.config_name}
+    return place | ({"split": str(dataset.split)} if dataset.split is not None else {})
+
+
+def _metric_name(match):
+    return NAMES[match[2]] + (f"@{match[3]}" if match[3] else "")
+
+
+def as_list(value):
+    """One value or several, as a list."""
+    return [value] if isinstance(value, str) else list(value or [])

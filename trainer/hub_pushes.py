@@ -1,0 +1,303 @@
+"""The Trainer's pushes to the Hub: model, tokenizer and card of one state, in one commit, from a folder that nothing changes."""
+
+import fnmatch
+import os
+import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import torch.distributed as dist
+from huggingface_hub import HfApi, ModelCard
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress, logging
+
+from ..sid_tokenizer.card_push import CARD_FILE, _download_card
+from ..sid_tokenizer.card_sections import FIGURE_FILE, diagnose_catalog
+from ..sid_tokenizer.files import read_json, write_json
+from ..sid_tokenizer.hub import PICKLES, hub_errors, push_folder
+from .checkpoints import ARGUMENTS, MANIFEST, PUSH_FOLDER, TRAINER_STATE, list_files
+from .model_card import is_generated, keep_text, model_card, name_codebook, public_id
+
+logger = logging.get_logger(__name__)
+
+# What only a training that goes on needs, by the first part of its path: files of Trainer, DeepSpeed and FSDP. Most are pickles,
+# also where their names do not say so.
+RESUMED_FROM = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    *("global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*"),
+)
+# What an earlier push may have left beside the model: other shards, an adapter or what it was merged into, another tokenizer,
+# and what stock trainers push.
+REPLACED = [
+    *("config.json", "generation_config.json", "adapter_config.json", "sid_adapter.json", FIGURE_FILE),
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors"),
+    *(
+        "adapter_model.safetensors.index.json",
+        "pytorch_model*.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_model.bin",
+    ),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "training_args.bin", ARGUMENTS),
+    *("sid_manifest.json", "sid_codebook.safetensors", "sid_catalog.safetensors", "sid_prompt.json"),
+]
+
+
+def push_checkpoint(trainer, checkpoint):
+    """
+    Begins to push a checkpoint's model, and the checkpoint itself if `hub_strategy` says so, while training goes on. Every process
+    calls it. What fails is a warning, for the training needs no Hub.
+
+    Args:
+        trainer ([`SIDTrainer`]):
+            The trainer.
+        checkpoint (`str`):
+            The folder, whole already. It may be deleted before the push has ended, which works on links to its files.
+    """
+    args, state = trainer.args, trainer.state
+    if args.hub_strategy == HubStrategy.END:
+        return
+    is_pushing = trainer.is_world_process_zero()
+    if is_pushing and _is_busy(trainer) and not args.hub_always_push:
+        is_pushing = False
+    # FSDP's shards are no model that anybody could load.
+    snapshot = _save_for_push(trainer) if trainer.saves_shards() else None
+    if not is_pushing:
+        if snapshot is not None:
+            shutil.rmtree(snapshot, ignore_errors=True)
+        return
+    trainer.callback_handler.on_push_begin(args, state, trainer.control)
+    by_steps = args.save_strategy == SaveStrategy.STEPS
+    message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
+    replaced = list(REPLACED)
+    try:
+        if snapshot is None:
+            snapshot = os.path.join(args.output_dir, _folder_name())
+            os.makedirs(snapshot)
+            _link([name for name in list_files(checkpoint) if _is_published(name)], checkpoint, snapshot)
+        _check_weights(snapshot)
+        _hide_paths(snapshot)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if is_last else os.path.basename(checkpoint)
+            _link_checkpoint(checkpoint, os.path.join(snapshot, name), args.hub_push_optimizer)
+            replaced.append(f"{name}/*")
+        card = model_card(trainer, snapshot)
+    except Exception as error:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        logger.warning(f"Not pushed ({message}): {_one_line(error)}")
+        return
+    _push(
+        trainer,
+        snapshot,
+        card,
+        card_options={},
+        in_background=True,
+        commit_message=message,
+        revision=args.hub_revision,
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        delete_patterns=replaced,
+        allow_pickles=args.hub_push_optimizer,
+    )
+
+
+def push_model(trainer, commit_message, blocking, token, revision, private, tag, card_options):
+    """
+    Pushes what the trainer's model is now, after the pushes that are under way. Every process calls it; see
+    [`SIDTrainer.push_to_hub`].
+
+    Returns:
+        `CommitInfo`, or a `Future` of one if not `blocking`; `None` in all processes but the first.
+    """
+    args = trainer.args
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    token = token if token is not None else args.hub_token
+    private = private if private is not None else args.hub_private_repo
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    snapshot = _save_for_push(trainer)
+    if snapshot is None:
+        return None
+    try:
+        trainer._finish_current_push()
+        _check_weights(snapshot)
+        _hide_paths(snapshot)
+        trainer.create_model_card(**card_options)
+        card = ModelCard.load(os.path.join(args.output_dir, CARD_FILE))
+        if os.path.exists(os.path.join(args.output_dir, FIGURE_FILE)):
+            shutil.copyfile(os.path.join(args.output_dir, FIGURE_FILE), os.path.join(snapshot, FIGURE_FILE))
+    except BaseException:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        raise
+    return _push(
+        trainer,
+        snapshot,
+        card,
+        card_options,
+        in_background=not blocking,
+        commit_message=commit_message,
+        revision=revision if revision is not None else args.hub_revision,
+        token=token,
+        private=private,
+        tag=tag,
+        delete_patterns=REPLACED,
+    )
+
+
+def _push(trainer, snapshot, card, card_options, in_background, token, private, **options):
+    repo_id, codebook_id = trainer.hub_model_id, trainer.args.hub_codebook_id
+    tokenizer, pushed = trainer.processing_class, trainer.pushed_codebooks
+    diagnosis = diagnose_catalog(tokenizer.catalog, tokenizer.cache) if codebook_id is not None else None
+
+    def push():
+        try:
+            published = _card_to_publish(card, card_options, repo_id, options["revision"], token)
+            if codebook_id is not None:
+                # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them.
+                if codebook_id not in pushed:
+                    commit = tokenizer.quantizer.push_to_hub(
+                        codebook_id,
+                        diagnosis=diagnosis,
+                        license=published.data.license,
+                        commit_message=f"Codebooks of {repo_id}",
+                        private=private,
+                        token=token,
+                    )
+                    pushed[codebook_id] = commit.oid
+                name_codebook(published, codebook_id, pushed[codebook_id])
+            published.save(os.path.join(snapshot, CARD_FILE))
+            return push_folder(snapshot, repo_id, token=token, private=private, **options)
+        except Exception as error:
+            if in_background:  # at once, since nobody may ask for the result
+                logger.warning(f"A push to {repo_id} failed ({options['commit_message']}): {_one_line(error)}")
+            raise
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+    if not in_background:
+        return push()
+    if trainer.push_executor is None:
+        # One thread, so that commits follow each other as the states did.
+        trainer.push_executor = ThreadPoolExecutor(1, thread_name_prefix="push")
+    future = trainer.push_executor.submit(push)
+    if _is_busy(trainer):
+        trainer.push_in_progress.jobs.append(future)
+    else:
+        trainer.push_in_progress = PushInProgress([future])
+    return future
+
+
+def _card_to_publish(card, options, repo_id, revision, token):
+    """The card, or the one in the repository, if somebody has made that their own there."""
+    if not is_generated(card):
+        return card
+    with hub_errors(repo_id, token):
+        there = _download_card(HfApi(token=token, library_name="rqsid"), repo_id, revision)
+    try:
+        theirs = None if there is None else ModelCard(there)
+    except Exception as error:  # what YAML makes of anything that somebody may have written
+        raise ValueError(
+            f"The card in {repo_id} has metadata that cannot be read ({_one_line(error)}). Mend it there, or delete it."
+        ) from None
+    return card if theirs is None or is_generated(theirs) else keep_text(theirs, card.data, options)
+
+
+def _save_for_push(trainer):
+    """Saves the model as it is now; every process takes part. The folder, which is the caller's, or `None` elsewhere."""
+    names = [_folder_name()]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(names)
+    folder = os.path.join(trainer.args.output_dir, names[0])
+    is_first = trainer.is_world_process_zero()
+    try:
+        trainer.save_whole_model(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if trainer.args.should_save and not is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder if is_first else None
+
+
+def _link_checkpoint(checkpoint, folder, with_optimizer):
+    """A checkpoint as it is to be published: with a list of the files that it is published with."""
+    names = [
+        name
+        for name in list_files(checkpoint)
+        if _is_published(name) or name == TRAINER_STATE or (with_optimizer and _is_resumed_from(name))
+    ]
+    _link(names, checkpoint, folder)
+    _hide_paths(folder)
+    manifest = read_json(os.path.join(checkpoint, MANIFEST))
+    manifest["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in names}
+    write_json(os.path.join(folder, MANIFEST), manifest)
+
+
+def _link(names, source, folder):
+    for name in names:
+        path, link = os.path.join(source, name), os.path.join(folder, name)
+        os.makedirs(os.path.dirname(link), exist_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a disk that knows no links
+            shutil.copyfile(path, link)
+
+
+def _is_published(name):
+    if name in (CARD_FILE, TRAINER_STATE, "training_args.bin") or _is_resumed_from(name):
+        return False
+    return not any(fnmatch.fnmatch(name, pattern) for pattern in PICKLES)
+
+
+def _is_resumed_from(name):
+    return any(fnmatch.fnmatch(name.split("/")[0], pattern) for pattern in RESUMED_FROM)
+
+
+def _check_weights(folder):
+    if not any(re.fullmatch(r"(adapter_)?model.*\.safetensors", name) for name in os.listdir(folder)):
+        raise ValueError(
+            "There are no weights that could be loaded: DeepSpeed ZeRO-3 gathers them only with "
+            "stage3_gather_16bit_weights_on_model_save=true in its configuration."
+        )
+
+
+def _hide_paths(folder):
+    """Rewrites the files that name folders of this machine, which nobody else can use, and which are nobody's business."""
+    path = os.path.join(folder, ARGUMENTS)
+    if os.path.isfile(path):
+        arguments = read_json(path)
+        for name, value in arguments.items():
+            if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+                arguments[name] = os.path.basename(os.path.normpath(value))
+        write_json(path, arguments)
+    path = os.path.join(folder, "adapter_config.json")
+    if os.path.isfile(path):
+        adapter = read_json(path)
+        adapter["base_model_name_or_path"] = public_id(adapter.get("base_model_name_or_path"))
+        write_json(path, adapter)
+    path = os.path.join(folder, TRAINER_STATE)
+    if os.path.isfile(path):
+        state = read_json(path, max_bytes=2**30)
+        if state.get("best_model_checkpoint"):
+            state["best_model_checkpoint"] = os.path.basename(state["best_model_checkpoint"])
+        write_json(path, state)
+
+
+def _is_busy(trainer):
+    return trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+
+
+def _folder_name():
+    return f"{PUSH_FOLDER}{uuid.uuid4().hex}"
+
+
+def _one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
