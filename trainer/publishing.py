@@ -1,5 +1,6 @@
 """A whole run on the Hub: codebooks, metrics, model with tokenizer and code, and a collection that holds them."""
 
+import os
 import tempfile
 
 from huggingface_hub import HfApi
@@ -8,14 +9,20 @@ from transformers.utils import logging
 
 from ..evaluate_metrics import MODULES
 from ..evaluate_metrics import path as metric_path
+from ..sid_tokenizer.card_push import CARD_FILE
 from ..sid_tokenizer.card_sections import diagnose_catalog
+from ..sid_tokenizer.files import replace_atomically
 from ..sid_tokenizer.hub import hub_errors, push_folder
 from ..sid_tokenizer.staged_save import recovered
+from .hub_pushes import REPLACED, _card_to_publish
+from .model_card import name_codebook
 from .run_card import finish_card
-from .run_folder import STALE_FILES, read_run, stage_run
+from .run_folder import read_run, stage_run
 
 logger = logging.get_logger(__name__)
 
+# What an earlier push may have left, of trainers or of this, and would be loaded.
+STALE = [*REPLACED, "pipeline.py", "custom_generate/*"]
 NOTES = {
     "model": "The model, with its tokenizer, its catalog and the code of its search.",
     "adapter": "The adapter, with its tokenizer and its catalog.",
@@ -46,7 +53,7 @@ def publish_run(
 
     Everything is checked before anything is uploaded. Each repository changes by one commit, the model's last, so that whoever
     loads it meanwhile gets what was there before. The same call completes what was cut off, and uploads nothing twice. Of the folder
-    only what a model and its tokenizer consist of is published: no checkpoints, logs, training arguments or data; it stays as it is.
+    only what a model and its tokenizer consist of is published, with the training's arguments: no checkpoints, logs or data.
     An adapter is published without code: `custom_generate` and pipelines load models, which it becomes by merging it.
 
     Args:
@@ -107,12 +114,17 @@ def publish_run(
             raise ValueError(
                 f"codebook_id={codebook_id!r}, but the tokenizer in {folder} has no quantizer, as its SIDs were imported. Leave it out."
             )
-        if "/" not in model_id:
-            with hub_errors(model_id, token):
-                model_id = f"{HfApi(token=token).whoami()['name']}/{model_id}"
+        with hub_errors(model_id, token):
+            # Before anything is uploaded: this says what the token may do, and the model's full name.
+            model_id = (
+                HfApi(token=token, library_name="rqsid").create_repo(model_id, private=private, exist_ok=True).repo_id
+            )
         namespace = model_id.split("/")[0]
         stage_run(run, staging, model_id)
-        card = finish_card(run, staging, model_id, codebook_id, license)
+        card = finish_card(run, staging, model_id, license)
+        card = _card_to_publish(card, {"license": license}, model_id, revision, token)
+        with hub_errors(model_id, token):
+            card.validate()
 
         if codebook_id is not None:
             diagnosis = diagnose_catalog(run.tokenizer.catalog, run.tokenizer.cache)
@@ -120,11 +132,12 @@ def publish_run(
                 codebook_id, **options, **branch, license=license, diagnosis=diagnosis
             )
             published["codebook"] = _entry(commit)
+            name_codebook(card, published["codebook"]["id"], commit.oid)
         if metrics:
             published |= push_metrics(space_namespace or namespace, **options)
-        with hub_errors(model_id, token):
-            card.validate()
-        commit = push_folder(staging, model_id, **options, **branch, delete_patterns=STALE_FILES)
+        with replace_atomically(os.path.join(staging, CARD_FILE)) as temporary:
+            card.save(temporary)
+        commit = push_folder(staging, model_id, **options, **branch, delete_patterns=STALE)
         published["adapter" if run.is_adapter else "model"] = _entry(commit)
     if collection is not None:
         published["collection"] = _collect(published, collection, namespace, **options)

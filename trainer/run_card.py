@@ -1,14 +1,14 @@
 """The card of a model that is published from its folder, written of what the folder tells."""
 
 import os
+import re
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import logging
 
-from ..sid_tokenizer.card_push import generated_comment
+from ..sid_tokenizer.card_push import CARD_FILE
 from ..sid_tokenizer.card_sections import (
     FIGURE_FILE,
-    TAGS,
     citation_section,
     diagnose_catalog,
     diagnosis_section,
@@ -16,24 +16,25 @@ from ..sid_tokenizer.card_sections import (
     save_figure,
     versions_section,
 )
-from .run_folder import CARD_FILE, is_local
+from .evaluations import as_list
+from .model_card import CODEBOOK_MARK, MARK, TAGS, is_generated, public_id
 
 logger = logging.get_logger(__name__)
 
-# Of a card that a library made up, and nobody has filled in.
-UNWRITTEN = "[More Information Needed]"
+# Where the trainer's card says what it is called, and how it is loaded.
+OWN_NAME = re.compile(r'SIDTokenizer\.from_pretrained\("([^"]+)"\)')
 
 
-def finish_card(run, folder, model_id, codebook_id=None, license=None):
+def finish_card(run, folder, model_id, license=None):
     """
-    Leaves a card in a folder that is to be published: the one that is there, such as the trainer's, or a new one if there is none,
-    or one that nobody has filled in. The folder's own gets the licence, and no base model that is a path of this machine.
+    Makes the card of a folder that is to be published. Somebody's own keeps its text; the trainer's is told what the model is called
+    now, and how it is used with the code beside it; where there is none, or one that nobody has filled in, it is written of what the
+    folder tells.
 
     Args:
         run ([`RunFolder`]): What is published.
-        folder (`str`): The folder.
+        folder (`str`): Where a figure is written, if matplotlib is there.
         model_id (`str`): What the model is going to be called.
-        codebook_id (`str`, *optional*): Where its codebooks are.
         license (`str`, *optional*): Its licence.
 
     Returns:
@@ -43,65 +44,70 @@ def finish_card(run, folder, model_id, codebook_id=None, license=None):
         `ValueError`: if the metadata of the folder's card cannot be read.
     """
     path = os.path.join(folder, CARD_FILE)
-    text = ""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    if not text.strip() or UNWRITTEN in text:
-        card = _write_card(run, folder, model_id, codebook_id, license)
-    else:
-        card = _complete(text, run, license)
-    if os.path.exists(path):
-        os.remove(path)  # a link to the run's own
-    card.save(path)
-    return card
-
-
-def _complete(text, run, license):
+    if not os.path.exists(path):
+        return _write_card(run, folder, model_id, license)
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
     try:
         card = ModelCard(text)
     except Exception as error:  # what YAML makes of anything that somebody may have written
         raise ValueError(
             f"{run.path}/{CARD_FILE} has metadata that cannot be read ({' '.join(str(error).split())}). Mend or delete the card."
         ) from None
+    if MARK in card.text:
+        _rename(card, model_id)
+    elif is_generated(card):
+        return _write_card(run, folder, model_id, license)
     if license is not None:
         card.data.license = license
-    base = card.data.base_model
-    if base is not None and any(map(is_local, [base] if isinstance(base, str) else base)):
-        logger.warning(f"The card names the base model {base}, a path of this machine, which is left out.")
+    if any(public_id(name) is None for name in as_list(card.data.base_model)):
+        logger.warning("The card's base model is a path of this machine, and left out.")
         card.data.base_model = None
     if os.path.abspath(run.path) in text or os.path.expanduser("~") + os.sep in text:
         logger.warning(f"{run.path}/{CARD_FILE} names a path of this machine, which is published as it stands.")
     return card
 
 
-def _write_card(run, folder, model_id, codebook_id, license):
+def _rename(card, model_id):
+    found = OWN_NAME.search(card.text)
+    if found is not None and found[1] != model_id:
+        name = model_id.split("/")[-1]
+        card.text = card.text.replace(f'"{found[1]}"', f'"{model_id}"')
+        card.text = card.text.replace(f"# {found[1].split('/')[-1]}\n", f"# {name}\n", 1)
+        card.data.model_name = name
+    # transformers asks for trust where a model brings a pipeline, also if the same is installed.
+    line = f'pipeline("sid-retrieval", model="{model_id}"'
+    card.text = card.text.replace(f"{line})", f"{line}, trust_remote_code=True)")
+    if CODEBOOK_MARK not in card.text:
+        card.text = card.text.replace("\n## Diagnosis\n", f"\n{CODEBOOK_MARK}\n\n## Diagnosis\n", 1)
+
+
+def _write_card(run, folder, model_id, license):
     tokenizer, config = run.tokenizer, run.config
     base = config.get("base_model_name_or_path") if run.is_adapter else config.get("_name_or_path")
     data = ModelCardData(
         license=license,
         library_name="peft" if run.is_adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=None if not base or is_local(base) else base,
-        tags=["rqsid", *TAGS],
-    )
-    codebook = (
-        f" The codebooks lie in [{codebook_id}](https://huggingface.co/{codebook_id}), too." if codebook_id else ""
+        base_model=public_id(base),
+        tags=TAGS,
     )
     text = [
-        generated_comment("model"),
+        MARK,
         "",
         f"# {model_id.split('/')[-1]}",
         "",
         f"{'An adapter for a' if run.is_adapter else 'A'} language model that answers with semantic IDs (SIDs) of products: for what is "
         "known of a customer, what was bought before and what is asked for, it ranks a catalog. The tokenizer beside it holds the "
-        f"catalog.{codebook}",
+        "catalog.",
         "",
         "## Use",
         "",
         *_usage(run, model_id),
         "",
         layout_section(tokenizer),
+        "",
+        CODEBOOK_MARK,
     ]
     diagnosis = diagnose_catalog(tokenizer.catalog, tokenizer.cache)
     if diagnosis is not None:

@@ -15,7 +15,10 @@ from ..modeling.code_export import save_custom_generate, save_pipeline_code
 from ..sid_tokenizer.bundle import MANIFEST_FILE, read_manifest
 from ..sid_tokenizer.files import read_json, replace_atomically
 from ..sid_tokenizer.tokenization_sid import SIDTokenizer
+from .checkpoints import ARGUMENTS
+from .hub_pushes import _hide_paths
 from .lora import ADAPTER_FILE
+from .model_card import public_id
 
 logger = logging.get_logger(__name__)
 
@@ -26,9 +29,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 OPTIONAL_FILES = r"(LICENSE|NOTICE)(\.\w+)?|generation_config\.json|special_tokens_map\.json|chat_template\.jinja"
 # Where configs of other versions say where a model was loaded from.
 ORIGINS = ("_name_or_path", "name_or_path")
-# What a repository may hold of an earlier push, and would be loaded if it stayed.
-STALE_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors", "config.json", "generation_config.json", "pipeline.py"]
-STALE_FILES += [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_FILE, "sid_codebook.safetensors", "custom_generate/*"]
 
 
 @dataclass
@@ -92,7 +92,7 @@ def read_run(folder):
     _check_rows(folder, found, tokenizer)
     bundle = read_manifest(os.path.join(folder, MANIFEST_FILE))["files"]
     files += [*bundle, MANIFEST_FILE, "tokenizer_config.json"]
-    files += [name for name in sorted(here) if re.fullmatch(OPTIONAL_FILES, name)]
+    files += [name for name in sorted(here) if re.fullmatch(OPTIONAL_FILES, name) or name == ARGUMENTS]
     files += _code_files(folder, config, tokenizer_config)
     if CARD_FILE in here:
         files += [CARD_FILE, *_figures(folder)]
@@ -117,17 +117,10 @@ def stage_run(run, staging, model_id):
     for name in ("config.json", "tokenizer_config.json"):
         if name in run.files:
             _forget_origin(os.path.join(staging, name))
+    _hide_paths(staging)
     if not run.is_adapter:
         save_custom_generate(staging, model_id)
         save_pipeline_code(staging)
-
-
-def is_local(name):
-    """
-    Returns:
-        `bool`: whether what a model was loaded from can be nothing on the Hub.
-    """
-    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.isdir(name)
 
 
 def _check_weights(folder, config):
@@ -182,7 +175,7 @@ def _check_adapter(folder, config):
             raise ValueError(f"{folder} is not whole: it lacks {name}, which save_lora and SIDTrainer write.")
     _check_shard(os.path.join(folder, ADAPTER_WEIGHTS))
     base = config.get("base_model_name_or_path")
-    if not base or is_local(base):
+    if public_id(base) is None:
         raise ValueError(
             f"The adapter in {folder} was trained on {base or 'a model without a name'}, which nobody else can load. Publish that model, "
             f"and write its name on the Hub into {ADAPTER_CONFIG} (base_model_name_or_path), or merge the adapter "
@@ -252,7 +245,7 @@ def _link(source, target):
 
 def _forget_origin(path):
     config = read_json(path)
-    kept = {name: value for name, value in config.items() if name not in ORIGINS or not is_local(value or "")}
+    kept = {name: value for name, value in config.items() if name not in ORIGINS or public_id(value) is not None}
     if kept != config:
         with replace_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")

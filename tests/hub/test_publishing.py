@@ -139,7 +139,9 @@ def test_a_whole_run(hub, hub_client, run, tokenizer, request):
     assert [item.item_id for item in collection.items] == ids and collection.private
     assert all(item.note for item in collection.items)
     card = ModelCard(files["README.md"].decode())
-    assert card.data.license == "apache-2.0" and "generative-retrieval" in card.data.tags and "org/codes" in card.text
+    assert card.data.license == "apache-2.0" and "generative-retrieval" in card.data.tags
+    assert card.data["sid_codebook"] == {"repo": "org/codes", "revision": published["codebook"]["commit"]}
+    assert "[org/codes](https://huggingface.co/org/codes)" in card.text
 
     # 3. the same call again changes nothing
     uploaded = hub.uploaded_bytes
