@@ -391,8 +391,7 @@ def granted_upload(request):
 def keep(request, repo, oid, size, content):
     if len(content) != size or hashlib.sha256(content).hexdigest() != oid:
         raise HubError(400, f"BadDigest: {len(content)} bytes came that are not the {size} of {oid}")
-    if oid not in repo.lfs:
-        request.hub.uploaded_bytes += size
+    request.hub.uploaded_bytes += size
     repo.lfs[oid] = content
 
 
