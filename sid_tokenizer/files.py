@@ -55,7 +55,7 @@ def read_json(path, max_bytes=MAX_BYTES):
         raise ValueError(f"{name} holds {size} bytes, more than the {max_bytes} that are accepted.")
     try:
         with open(path, "rb") as file:
-            content = parse_json(file.read(max_bytes))
+            content = parse_json(file.read(size))
     except ValueError as error:
         raise ValueError(
             f"{name} is not valid JSON ({error}): it is truncated or was edited. Save it again."

@@ -29,7 +29,7 @@ def check_tokenizer_config(path):
         raise ValueError(f"{name} holds {size} bytes, more than the {MAX_CONFIG_BYTES} that are accepted.")
     try:
         with open(path, "rb") as file:
-            config = parse_json(file.read(MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
+            config = parse_json(file.read(size), MAX_CONFIG_VALUES)
     except ValueError as error:
         raise ValueError(
             f"{name} is not valid JSON ({error}): it is truncated or was edited. Save or download the bundle again."
