@@ -1,31 +1,24 @@
 """Prepared prompts on the Hub: Parquet files, a data card, and what says which codebooks they were made for."""
 
-import json
 import os
 import re
 import tempfile
 from collections.abc import Mapping
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, IterableDataset, SplitDict, SplitInfo
+from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import cached_file, logging
 
-from ..sid_tokenizer.files import read_json, write_json
+from ..sid_tokenizer.files import write_json
 from ..sid_tokenizer.hub import hub_errors, push_folder
 from .data import tokenize_examples
+from .model_card import public_id
+from .prompt_checks import DETAILS_FILE, batches, check_rows, is_tokenized, prompt_details
 
-logger = logging.get_logger(__name__)
-
-DETAILS_FILE = "sid_prompts.json"
-FORMAT_VERSION = 1
-BATCH_ROWS = 10_000
 SHARD_BYTES = 500 * 2**20  # in memory; less on disk
 TAGS = ["generative-retrieval", "rqsid", "semantic-ids"]
 MEANINGS = {
@@ -63,8 +56,8 @@ def push_prompts(
     Publishes prompts, or the purchases that they are to be made of, as Parquet files with a data card, in one commit.
 
     `load_dataset(repo_id)` gives rows and features back. Beside the files lies `sid_prompts.json`, which says for which codebooks
-    the rows were tokenized; [`check_prompts`] goes by it. Rows are checked and written in pieces, so that no more than one is in
-    memory. What a configuration held before is replaced; others stay.
+    the rows were tokenized; [`~rqsid.trainer.prompt_checks.check_prompts`] goes by it. Rows are checked and written in pieces, of
+    which one is in memory at a time. What a configuration held before is replaced; others stay.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `list[dict]`, or a `dict` of them by split, such as a `DatasetDict`):
@@ -102,11 +95,18 @@ def push_prompts(
     """
     validate_repo_id(repo_id)
     splits = dict(dataset) if isinstance(dataset, Mapping) else {split: dataset}
-    for name in [*splits, config_name]:
-        if not re.fullmatch(r"[\w.-]+", name) or (name == "data" and name is config_name):
-            raise ValueError(f"{name!r} cannot name a split or a configuration: letters, digits, _, - and . can.")
-    if tokenizer_id is None and re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer.name_or_path or ""):
-        tokenizer_id = tokenizer.name_or_path if not os.path.isdir(tokenizer.name_or_path) else None
+    for name in splits:
+        # A hyphen would make the files of one split look like those of another.
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"{name!r} cannot name a split: letters, digits, _, and dots between them can.")
+    if config_name == "data" or not re.fullmatch(r"\w[\w.-]*", config_name):
+        raise ValueError(
+            f"{config_name!r} cannot name a configuration: letters, digits, _, - and . can, and `data` is taken."
+        )
+    if not splits:
+        raise ValueError("There are no splits to publish: the dict of datasets is empty.")
+    if tokenizer_id is None:
+        tokenizer_id = public_id(tokenizer.name_or_path)
     # As datasets lays out its own repositories.
     data_dir = "data" if config_name == "default" else config_name
     with tempfile.TemporaryDirectory() as folder:
@@ -121,9 +121,10 @@ def push_prompts(
                     f"The splits {next(iter(infos))} and {name} have other columns: {_columns(features[0])} and {_columns(other)}. "
                     "Give them the same, or push them as configurations of their own (config_name)."
                 )
-        details = _details(tokenizer, features[0], tokenizer_id)
+        details = prompt_details(tokenizer, features[0], tokenizer_id)
         write_json(os.path.join(folder, data_dir, DETAILS_FILE), details)
         data = _card_data(repo_id, revision, token, license)
+        license = data.license
         MetadataConfigs({config_name: {"data_files": _data_files(infos, data_dir)}}).to_dataset_card_data(data)
         info = DatasetInfo(
             features=features[0],
@@ -149,176 +150,12 @@ def push_prompts(
         )
 
 
-def check_prompts(dataset, tokenizer, config_name="default", revision=None, token=None):
-    """
-    Checks that prompts were tokenized for a tokenizer's codebooks. Of a name, `sid_prompts.json` is read; of a dataset, answers are
-    compared with the SIDs that the tokenizer gives their products, without any file.
-
-    Purchases that are not tokenized fit each tokenizer whose catalog holds their products.
-
-    Args:
-        dataset (`str`, `Dataset` or `IterableDataset`):
-            A repository or folder of [`push_prompts`], or rows.
-        tokenizer ([`SIDTokenizer`]):
-            What they are to be trained with.
-        config_name (`str`, *optional*, defaults to `"default"`):
-            The configuration.
-        revision, token (`str`, *optional*):
-            Of the repository.
-
-    Raises:
-        `ValueError`: if they were tokenized for other codebooks, for another vocabulary, or for a catalog that this one does not
-            descend from.
-    """
-    if not isinstance(dataset, str | os.PathLike):
-        for number, batch in enumerate(_batches(dataset, "the")):
-            check_rows(batch, tokenizer, "the", number * BATCH_ROWS)
-        return
-    name = f"{'data' if config_name == 'default' else config_name}/{DETAILS_FILE}"
-    path = cached_file(
-        os.fspath(dataset),
-        name,
-        repo_type="dataset",
-        revision=revision,
-        token=token,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if path is None:
-        raise ValueError(
-            f"{dataset} has no {name}, which says for which codebooks its rows were tokenized: push_prompts writes it. Pass the "
-            "rows themselves (load_dataset), which are then compared one by one."
-        )
-    details = read_json(path)
-    if details.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{name} has format version {details.get('format_version')}, this version of rqsid reads {FORMAT_VERSION}."
-        )
-    if not details["is_tokenized"]:
-        return
-    found = tokenizer.codebook_fingerprint()
-    remedy = "Load the tokenizer that they were made with, or tokenize the purchases anew."
-    if details["codebook"] != found:
-        raise ValueError(
-            f"The prompts of {dataset} were tokenized for codebook {details['codebook']}, the tokenizer has codebook {found}: their "
-            f"SIDs would name other products. {remedy}"
-        )
-    if details["vocab_size"] != len(tokenizer):
-        raise ValueError(
-            f"The prompts of {dataset} were tokenized with {details['vocab_size']} tokens, the tokenizer has {len(tokenizer)}. {remedy}"
-        )
-    known = [entry["id"] for entry in tokenizer.history] + list(tokenizer.catalog.ancestors)
-    if details["catalog"]["id"] not in known:
-        raise ValueError(
-            f"The prompts of {dataset} name products of catalog version {details['catalog']['version']} "
-            f"({details['catalog']['id']}), which this catalog (version {tokenizer.catalog.version}, {tokenizer.catalog.version_id}) "
-            f"does not descend from. {remedy}"
-        )
-    if details["prompt"] != _prompt(tokenizer):
-        logger.warning(
-            f"The prompts of {dataset} were built from another prompt template than the tokenizer's: a model trained on them would "
-            "be asked with other prompts than it has seen."
-        )
-
-
-def check_rows(batch, tokenizer, name="train", start=0):
-    """
-    Checks a batch of rows, tokenized or purchases, against a tokenizer.
-
-    Args:
-        batch (`pa.Table`): The rows.
-        tokenizer ([`SIDTokenizer`])
-        name (`str`, *optional*, defaults to `"train"`): What messages call the dataset.
-        start (`int`, *optional*, defaults to 0): The place of the first row.
-
-    Raises:
-        `ValueError`: naming the row.
-    """
-    columns = batch.column_names
-    if not _is_tokenized(columns):
-        if "product" in columns:
-            tokenizer.catalog.product_rows(batch["product"].combine_chunks())
-        return
-    for column in ("input_ids", "label_ids"):
-        ids = _flat(batch[column])
-        if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
-            raise ValueError(
-                f"{name} dataset: {column} holds token ids from {ids.min()} to {ids.max()}, the tokenizer has {len(tokenizer)}. It was "
-                "tokenized by another."
-            )
-    if "product_rows" not in columns:
-        return
-    # 1. the products of each row: one, or those of a session
-    products = batch["product_rows"].combine_chunks()
-    is_list = pa.types.is_list(products.type) or pa.types.is_large_list(products.type)
-    counts = products.value_lengths().to_numpy(zero_copy_only=False) if is_list else np.ones(len(products), int)
-    products = np.asarray(products.flatten() if is_list else products, dtype=np.int64)
-    if len(products) and products.max() >= len(tokenizer.catalog):
-        raise ValueError(
-            f"{name} dataset: product_rows reach {products.max()}, the catalog has {len(tokenizer.catalog)} products. It was tokenized "
-            "for another."
-        )
-    # 2. their SIDs with end tokens, one behind the other; a row that is answered with text has none
-    unique, inverse = np.unique(products, return_inverse=True)
-    sids = tokenizer.sid_sequences(tokenizer.catalog.sid_rows(np.maximum(unique, 0))).numpy()
-    sids = np.concatenate([sids, np.full((len(sids), 1), tokenizer.eos_token_id)], 1)[inverse]
-    row_of_product = np.repeat(np.arange(len(batch)), counts)
-    is_text = np.zeros(len(batch), dtype=bool)
-    is_text[row_of_product[products < 0]] = True
-    sids[is_text[row_of_product]] = -1
-    expected_lengths = np.bincount(row_of_product, (sids >= 0).sum(1), len(batch)).astype(np.int64)
-    # 3. compared with the answers
-    labels = batch["label_ids"].combine_chunks()
-    lengths = labels.value_lengths().to_numpy(zero_copy_only=False)
-    differs = (lengths != expected_lengths) & ~is_text
-    if not differs.any():
-        row_of_label = np.repeat(np.arange(len(batch)), lengths)
-        mine = ~is_text[row_of_label]
-        wrong = np.asarray(labels.flatten())[mine] != sids[sids >= 0]
-        differs[row_of_label[mine][wrong]] = True
-    if differs.any():
-        row = int(np.flatnonzero(differs)[0])
-        product = tokenizer.catalog.product_ids(products[row_of_product == row][:1])[0]
-        raise ValueError(
-            f"Row {start + row} of the {name} dataset answers with other tokens than the SID of its product {product!r}: it was "
-            f"tokenized for another codebook than the tokenizer's ({tokenizer.codebook_fingerprint()}). Load the tokenizer that it was "
-            "made with, or tokenize the purchases anew."
-        )
-
-
-def _batches(dataset, name):
-    """Tables of the same columns."""
-    if isinstance(dataset, list):
-        dataset = Dataset.from_list(dataset)
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(
-            f"{name} dataset is a {type(dataset).__name__}; pass a Dataset or IterableDataset of `datasets`, a list of dicts, or a dict "
-            "of them by split."
-        )
-    if dataset.features is not None:
-        yield from dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        return
-    schema = None  # a stream that does not know its columns: those of its first rows
-    for batch in dataset.iter(batch_size=BATCH_ROWS):
-        try:
-            table = pa.Table.from_pydict(batch, schema=schema)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
-            raise ValueError(
-                f"{name} dataset: rows differ in their columns ({error}). Tell a stream its columns: "
-                "dataset.cast(Features({...}))."
-            ) from None
-        if schema is None:
-            features = Features.from_arrow_schema(table.schema)
-            schema = features.arrow_schema
-            table = table.cast(schema)
-        yield table
-
-
 def _write_split(dataset, name, tokenizer, folder):
     """Checks a split and writes it into shards: its features, its sizes and the names of its files."""
     paths, writer, written = [], None, 0
     num_rows, num_bytes, features = 0, 0, None
     try:
-        for table in _batches(dataset, name):
+        for table in batches(dataset, name):
             if features is None:
                 features = Features.from_arrow_schema(table.schema)
                 _check_columns(table, tokenizer, name)
@@ -348,7 +185,7 @@ def _write_split(dataset, name, tokenizer, folder):
 
 def _check_columns(table, tokenizer, name):
     """That purchases can be tokenized is tried on the first; tokenized rows are compared one by one."""
-    if _is_tokenized(table.column_names):
+    if is_tokenized(table.column_names):
         return
     if not {"product", "products"} & set(table.column_names):
         raise ValueError(
@@ -361,40 +198,12 @@ def _check_columns(table, tokenizer, name):
         raise ValueError(f"The {name} dataset cannot be made prompts and answers of: {error}") from error
 
 
-def _is_tokenized(columns):
-    return {"input_ids", "label_ids"} <= set(columns)
-
-
-def _flat(column):
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-
 def _columns(features):
     return ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
 
 
 def _type_name(feature):
     return str(Features({"column": feature}).arrow_schema.field(0).type).replace("item: ", "").replace("element: ", "")
-
-
-def _details(tokenizer, features, tokenizer_id):
-    catalog = tokenizer.catalog
-    return {
-        "format_version": FORMAT_VERSION,
-        "is_tokenized": _is_tokenized(features),
-        "tokenizer": tokenizer_id,
-        "codebook": tokenizer.codebook_fingerprint(),
-        "vocab_size": len(tokenizer),
-        "catalog": {"version": catalog.version, "id": catalog.version_id, "products": len(catalog)},
-        "prompt": _prompt(tokenizer),
-    }
-
-
-def _prompt(tokenizer):
-    """What prompts are built by, apart from how long they may be."""
-    template = {name: value for name, value in tokenizer.prompt_template.to_dict().items() if name != "max_length"}
-    prompt = {"template": template, "prefix": tokenizer.prompt_prefix, "suffix": tokenizer.prompt_suffix}
-    return json.loads(json.dumps(prompt))
 
 
 def _data_files(infos, data_dir):
