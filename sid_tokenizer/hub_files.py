@@ -7,6 +7,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -36,7 +37,7 @@ def find_file(name, filename, optional=False, **options):
 
     Raises:
         `ValueError`: if there is no such folder, repository or revision.
-        `PermissionError`: if access to the repository has to be asked for.
+        `PermissionError`: if the token is rejected, or access to the repository has to be asked for.
         `ConnectionError`: if the Hub cannot be reached, and the file is not in the cache.
     """
     options = {key: value for key, value in options.items() if key in DOWNLOAD_OPTIONS and value is not None}
@@ -70,9 +71,15 @@ def find_file(name, filename, optional=False, **options):
             f"There is neither a folder {name} here nor such a repository on the Hub that the token may see. For a private one run "
             "`hf auth login`, set HF_TOKEN, or pass token."
         )
-    except (HfHubHTTPError, OSError) as error:
-        response = getattr(error, "response", None)
-        said = type(error).__name__ if response is None else f"status {response.status_code}"
-        failure = ConnectionError(f"{filename} of {name} could not be loaded ({said}). Try again later.")
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403):
+            failure = PermissionError(
+                f"The Hub rejected the token for {name}: it is invalid or expired, or may not read there. Run `hf auth login`, set "
+                "HF_TOKEN, or pass token."
+            )
+        else:
+            said = type(error).__name__ if status is None else f"status {status}"
+            failure = ConnectionError(f"{filename} of {name} could not be loaded ({said}). Try again later.")
     # Outside of the handlers, so that the client's error, which holds the request with its headers, is not its context.
     raise failure

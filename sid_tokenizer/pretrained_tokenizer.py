@@ -63,10 +63,14 @@ class PretrainedSIDTokenizer(PreTrainedTokenizerFast):
             kwargs = kwargs | {"revision": commit}
         with tokenizer_errors(), recovered(local) as folder:
             if folder == local:
-                return super().from_pretrained(name, *args, **kwargs)
-            tokenizer = super().from_pretrained(folder, *args, **kwargs | {"subfolder": ""})
-            tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = os.fspath(name)
-            return tokenizer
+                tokenizer = super().from_pretrained(name, *args, **kwargs)
+            else:
+                tokenizer = super().from_pretrained(folder, *args, **kwargs | {"subfolder": ""})
+                tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = os.fspath(name)
+        # How it was loaded, which transformers would save with it: the same tokenizer would make other files.
+        for key in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(key, None)
+        return tokenizer
 
     def push_to_hub(self, repo_id, *, license=None, tags=None, commit_message="Upload tokenizer", **options):
         """

@@ -250,7 +250,8 @@ class SIDTokenizer(PretrainedSIDTokenizer):
                 "edited. Save or download the bundle again."
             )
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            if getattr(self, f"{name}_id") in all_ids:
+            token_id = getattr(self, f"{name}_id")
+            if token_id is not None and token_id in all_ids:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is a SID token of token_format={self.token_format!r}. Choose another "
                     "token_format, or another token."
