@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from fresh_process import run_fresh
 from transformers import AutoModelForCausalLM
 
 from rqsid import (
@@ -182,9 +181,7 @@ print(json.dumps([
     [len(old), int(old.withdrawn.sum()), len(tokenizer.catalog), int(tokenizer.catalog.withdrawn.sum())],
 ]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=True
-    )
+    result = run_fresh(code, tmp_path, check=True)
     sids, changes, counts = json.loads(result.stdout.splitlines()[-1])
     assert sids == before[0] and changes == [*before[1], "append", "withdraw"]
     assert counts == [100, 0, 140, 5]

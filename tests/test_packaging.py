@@ -12,6 +12,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from fresh_process import run_fresh
 from packaging.requirements import Requirement
 
 import rqsid
@@ -229,7 +230,5 @@ def test_the_installed_wheel_works_on_its_own(wheel, tmp_path):
     assert [path.name for path in (target / "bin").iterdir()] == ["rqsid"]
     # PYTHONPATH comes before an editable installation, and a cache of its own keeps other copies of the metrics away.
     environment = os.environ | {"PYTHONPATH": str(target), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", TINY_ROAD, str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = run_fresh(TINY_ROAD, target, cwd=tmp_path, env=environment, check=True)
     assert done.stdout.split() == ["version", rqsid.__version__]

@@ -5,13 +5,12 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate
 import pytest
 import yaml
+from fresh_process import run_fresh, start_fresh
 
 import rqsid.evaluate_metrics
 
@@ -96,15 +95,7 @@ results = {name: evaluate.load("./" + name).compute(**call) for name, call in ca
 assert not [name for name in sys.modules if name.split(".")[0] == "rqsid"]
 print(json.dumps(results))
 """
-    process = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(CALLS)],
-        cwd=tmp_path,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    process = run_fresh(script, json.dumps(CALLS), cwd=tmp_path, env=environment(tmp_path), check=True)
     results = json.loads(process.stdout.splitlines()[-1])
     assert results["sid_retrieval"]["item_mrr"] == 0.75
     assert results["sid_distribution"]["entropy_0"] == 1.0
@@ -140,19 +131,12 @@ print(json.dumps(results))
 """
     paths = {name: rqsid.evaluate_metrics.path(name) for name in NAMES}
     processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                script,
-                str(process_id),
-                str(tmp_path / "shared"),
-                *map(json.dumps, (rows, codes, paths)),
-            ],
+        start_fresh(
+            script,
+            process_id,
+            tmp_path / "shared",
+            *map(json.dumps, (rows, codes, paths)),
             env=environment(tmp_path / str(process_id)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for process_id in range(2)
     ]

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import load_dataset
+from fresh_process import run_ranks, start_fresh
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -342,18 +341,13 @@ def test_training_a_bert(run, bert):
     np.testing.assert_allclose(read_shards(), trained.encode(texts), atol=1e-5)
 
 
-def start(command, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment, **options)
-
-
 @pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_next(example, run, bert):
     texts = write_products(1500)
     arguments = ("--products=products.csv", "--text_columns", "title", "brand", f"--encoder={bert}", *OUT)
     arguments += ("--shard_rows=10",)
     third = Path("out/embeddings/embeddings-00002.safetensors")
-    with start([SCRIPT, "--use_cpu", *arguments]) as process:
+    with start_fresh(SCRIPT, "--use_cpu", *arguments) as process:
         until = time.monotonic() + 120
         while not third.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
@@ -373,11 +367,8 @@ def test_two_processes_make_what_one_makes(example, run):
     write_products()
     write_pairs(range(40))
     run(*TRAIN, *OUT, "--per_device_train_batch_size=40")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, "--use_cpu"]
     two = ["--output_dir=two", "--per_device_train_batch_size=20"]
-    with start([*launcher, *TRAIN, *two]) as process:
-        errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, SCRIPT, "--use_cpu", *TRAIN, *two)
     one, two = (load_file(f"{folder}/model/model.safetensors")["embedding.weight"] for folder in ("out", "two"))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
     torch.testing.assert_close(read_shards("two/embeddings"), read_shards(), atol=1e-4, rtol=0)

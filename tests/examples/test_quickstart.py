@@ -1,14 +1,12 @@
 """The quick start as a command, on little of its data: all stations, then with what a user may bring instead."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from baichuan_checkpoints import write_checkpoint
+from fresh_process import run_fresh
 from safetensors.numpy import save_file
 from sentencepiece_models import write_baichuan_folder
 
@@ -19,14 +17,8 @@ STATIONS = ["Purchases", "Embeddings", "Codebooks", "Pruning", "Fine-tuning", "E
 
 def run_quickstart(output, **options):
     options = SMALL | options | {"output": str(output)}
-    result = subprocess.run(
-        [sys.executable, QUICKSTART, *(f"--{name}={value}" for name, value in options.items())],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=output,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    result = run_fresh(QUICKSTART, *arguments, cwd=output, timeout=900, check=True)
     report = (output / "report.md").read_text(encoding="utf-8")
     assert all(line in result.stdout for line in report.splitlines())  # what is written was printed too
     return report, json.loads((output / "results.json").read_text())["results"]

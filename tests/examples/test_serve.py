@@ -3,10 +3,8 @@
 import asyncio
 import http.client
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
+from fresh_process import start_fresh
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -558,14 +557,11 @@ def test_the_command(bundle, tmp_path):
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "segments.json").write_text(json.dumps(SEGMENTS))
     options = {"model": tmp_path / "model", "segments": tmp_path / "segments.json", "port": 0, "max_top_k": 5}
-    process = subprocess.Popen(
-        [sys.executable, FOLDER / "serve.py", *(f"--{name}={value}" for name, value in options.items())],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        line = next(line for line in process.stderr if "Uvicorn running on" in line)
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    (tmp_path / "log").touch()
+    with open(tmp_path / "log", "r+b") as log, start_fresh(FOLDER / "serve.py", *arguments, stderr=log) as process:
+        wait_for(lambda: "Uvicorn running on" in (tmp_path / "log").read_text() or process.poll() is not None, 60)
+        line = next(line for line in (tmp_path / "log").read_text().splitlines() if "Uvicorn running on" in line)
         server = Server.__new__(Server)
         server.port = int(line.split("http://127.0.0.1:")[1].split()[0])
         wait_for(lambda: server.call("GET", "/ready")[0] == 200, 60)
@@ -575,5 +571,3 @@ def test_the_command(bundle, tmp_path):
         assert server.search(query="a", top_k=6)[0] == 422
         process.send_signal(signal.SIGTERM)
         assert "Application shutdown complete" in process.communicate(timeout=20)[1]
-    finally:
-        process.kill()

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from baichuan_checkpoints import KINDS, published_config, write_checkpoint, write_weights
 from datasets import Dataset
+from fresh_process import run_fresh
 from plain_baichuan import plain_logits, split_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -205,13 +204,9 @@ assert type(model) is rqsid.BaichuanForCausalLM
 @pytest.mark.slow
 def test_in_a_fresh_process(tmp_path):
     weights, _ = write_checkpoint(tmp_path / "hub")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    # Nobody is there to answer whether code may be run.
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "hub"), str(tmp_path / "saved")]
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    # Nobody is there to answer whether code may be run: stdin is empty.
+    run_fresh(FRESH, tmp_path / "hub", tmp_path / "saved", env=environment, check=True)
     copied = [name for _, _, names in os.walk(tmp_path / "home") for name in names if "baichuan" in name]
     assert not copied, "remote code was copied to where it is imported from"
     assert_same(files_of(tmp_path / "saved")[0], weights)

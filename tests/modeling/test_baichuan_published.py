@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_fresh
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -120,18 +119,14 @@ def test_a_fresh_process_without_rqsid(model, tokenizer, positions, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
 
     (tmp_path / "examples.json").write_text(json.dumps(EXAMPLES))
-    (tmp_path / "script.py").write_text(WITHOUT_RQSID)
     environment = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "PATH": "",
     }
-    paths = [tmp_path / "script.py", tmp_path / "examples.json", "org/shop", tmp_path / "adapter", tmp_path / "again"]
-    command = [sys.executable, "-I", *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = [tmp_path / "examples.json", "org/shop", tmp_path / "adapter", tmp_path / "again"]
+    done = run_fresh(WITHOUT_RQSID, *arguments, env=environment, cwd=tmp_path, without_rqsid=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
 
     assert len(result["refusals"]) == 2 and all("trust_remote_code" in refusal for refusal in result["refusals"])

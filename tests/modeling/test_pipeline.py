@@ -5,8 +5,6 @@ import json
 import logging
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from fresh_process import run_fresh
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
@@ -308,13 +307,6 @@ def test_the_search_is_told_only_of_what_the_prompt_reads(retrieve, monkeypatch)
 
 WITHOUT_RQSID = """
 import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("rqsid", "sid_tokenizer", "modeling"):
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocked())
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 examples = json.load(open(sys.argv[1]))
@@ -364,18 +356,15 @@ def test_a_fresh_process_without_rqsid(retrieve, model, tokenizer, tmp_path):
     (cache / "refs" / "main").write_text(commit)
     shutil.copytree(folder, cache / "snapshots" / commit)
     (tmp_path / "examples.json").write_text(json.dumps(EXAMPLES))
-    (tmp_path / "script.py").write_text(WITHOUT_RQSID)
     environment = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "PATH": "",
     }
     names = [str(folder), "org/shop"]
-    command = [sys.executable, "-I", str(tmp_path / "script.py"), str(tmp_path / "examples.json"), *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = [tmp_path / "examples.json", *names]
+    done = run_fresh(WITHOUT_RQSID, *arguments, env=environment, cwd=tmp_path, without_rqsid=True, check=True)
     results = json.loads(done.stdout.splitlines()[-1])
 
     inputs = tokenizer.pad({"input_ids": tokenizer.encode_prompts(EXAMPLES)["input_ids"]}, return_tensors="pt")

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_ranks
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -315,12 +314,13 @@ def test_what_can_get_no_rows_is_refused(sid_tokenizer, make_tiny_model):
 
 SHARDED = """
 import json, sys
-import torch, torch.distributed as dist
+import deepspeed, torch, torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from rqsid import SIDTokenizer, initialize_sid_rows
 
 torch.set_num_threads(1)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo instead, which need not be compiled
 folder = sys.argv[1]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -329,7 +329,6 @@ names = json.load(open(f"{folder}/names.json"))
 
 
 def rows_of(model, gather=False):
-    import deepspeed
     matrices = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     with deepspeed.zero.GatheredParameters(matrices) if gather else torch.no_grad():
         return [matrix.detach().clone() for matrix in matrices]
@@ -360,7 +359,6 @@ for name in names:
     if "resized" not in name or name.startswith("normalised"):
         continue
     # The engine partitions what resizing left whole, and trains what all ranks have agreed on.
-    import deepspeed
     engine = deepspeed.initialize(model=model, config=config.config, dist_init_required=False)[0]
     result[name]["in the engine"] = [torch.equal(*pair) for pair in zip(expected[name], rows_of(model, True), strict=True)]
 json.dump(result, open(f"{folder}/result.{rank}", "w"))
@@ -397,18 +395,7 @@ def test_rows_of_partitioned_models(request, sid_tokenizer, tmp_path):
         model.save_pretrained(tmp_path / name)
     sid_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "names.json").write_text(json.dumps(list(models)))
-    (tmp_path / "script.py").write_text(SHARDED, encoding="utf-8")
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(str(tmp_path / "script.py"), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_ranks(2, SHARDED, tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
     for rank in range(2):
         for name, found in json.loads((tmp_path / f"result.{rank}").read_text()).items():
             assert found["partitioned"] and found["made"], (name, found)

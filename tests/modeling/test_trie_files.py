@@ -4,13 +4,12 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -111,8 +110,9 @@ def test_a_loaded_trie_may_be_saved_over_its_file(tokenizer, tmp_path):
 
 
 FRESH = """
-import json, sys, torch
+import ctypes, json, sys, torch
 from rqsid.modeling.trie import SIDTrie
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed is given back
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 SIDTrie(torch.tensor([[1, 2]])).save(sys.argv[1] + ".small")
@@ -136,14 +136,7 @@ def test_a_fresh_process_maps_the_file(tmp_path):
     assert size > 23e6
     rows = np.arange(0, len(codes), 100_000)
     paths = (codes[rows].astype(int) + 1024 * np.arange(3)).tolist()
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FRESH), str(tmp_path / "trie"), json.dumps(paths)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_fresh(FRESH, tmp_path / "trie", json.dumps(paths), check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["rows"] == rows.tolist() and found["num_sids"] == len(codes)
     assert found["private"] < 12e6, found

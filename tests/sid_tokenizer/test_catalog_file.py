@@ -6,12 +6,11 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from datasets.fingerprint import Hasher
+from fresh_process import run_fresh
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -362,9 +361,7 @@ import json, pickle, sys
 catalogs = pickle.load(open(sys.argv[1], "rb"))
 print(json.dumps([[len(c), c.history[-1]["id"], c.product_ids([len(c) - 1]), c.sid_codes.tolist()] for c in catalogs]))
 """
-    found = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "pickles"], capture_output=True, text=True, cwd="/", check=True
-    )
+    found = run_fresh(code, tmp_path / "pickles", cwd="/", check=True)
     expected = [
         [len(c), c.history[-1]["id"], c.product_ids([len(c) - 1]), c.sid_codes.tolist()]
         for c in (ProductCatalog.load(tmp_path / NAME), catalog)

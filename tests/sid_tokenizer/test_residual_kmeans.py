@@ -1,14 +1,12 @@
 """What only a real process shows: a fit that is killed; and a write that fails. The options are tested beside this file."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
+from fresh_process import run_fresh
 
 from rqsid import ResidualQuantizer, ResidualQuantizerConfig
 from rqsid.sid_tokenizer import fit_checkpoint
@@ -59,8 +57,7 @@ def same(one, other):
 def test_a_fit_killed_while_it_writes_goes_on_to_the_same_bits(tmp_path, points):
     """The seventh write, of the second layer, is cut off by SIGKILL: the sixth must still be whole."""
     np.save(tmp_path / "points.npy", points)
-    command = [sys.executable, "-c", KILLED, str(tmp_path), repr(CONFIG)]
-    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    killed = run_fresh(KILLED, tmp_path, repr(CONFIG))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     before = (tmp_path / "state" / "fit.safetensors").stat().st_mtime_ns
     writes, save_file = [], fit_checkpoint.save_file

@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_ranks
 from torch import nn
 
 from rqsid.sid_tokenizer.rqvae import RQVAE, RQVAEConfig
@@ -235,11 +234,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
     config |= {"sinkhorn_layers": [1], "init": "random", "learning_rate": 1e-3}
     points = clusters(1024)
     np.save(tmp_path / "points.npy", points)
-    (tmp_path / "fit.py").write_text(FIT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [str(tmp_path / "fit.py"), str(tmp_path / "points.npy"), str(tmp_path / "rank"), json.dumps(config)]
-    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(2, FIT, tmp_path / "points.npy", tmp_path / "rank", json.dumps(config))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
 
     assert first["weights"] == second["weights"] and first["log"] == second["log"]

@@ -4,12 +4,12 @@ import itertools
 import json
 import logging
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from datasets import Dataset
+from fresh_process import run_fresh
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -266,10 +266,7 @@ def test_a_fresh_process_finds_the_same_products(request, tokenizer, make_purcha
         model.merge_and_unload().save_pretrained(tmp_path / f"{name}-merged")
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "script.py").write_text(FRESH, encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_fresh(tmp_path / "script.py", tmp_path, check=True)
     for name, (adapted, merged) in json.loads((tmp_path / "result.json").read_text()).items():
         for found in (adapted, merged):
             for row, other in zip(found, expected[name], strict=True):

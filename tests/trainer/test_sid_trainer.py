@@ -4,13 +4,13 @@ import copy
 import json
 import logging
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from fresh_process import run_fresh
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments, search
@@ -335,10 +335,8 @@ def test_a_saved_model_gives_the_same_products_in_a_fresh_process(
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     expected = search(model, tokenizer, test, top_k=10)
-    command = [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved"), json.dumps(test)]
     # In another folder, so that nothing is imported from the current one.
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_fresh(FRESH_PROCESS, tmp_path / "saved", json.dumps(test), cwd=tmp_path, check=True)
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["remade"] is False
     for found, entries in zip(answer["results"], expected, strict=True):
