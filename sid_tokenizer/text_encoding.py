@@ -39,16 +39,17 @@ class TextEncoder:
     """
 
     def __init__(self, backend, blocked_ids):
-        state = json.loads(backend.to_str())
-        added = state["added_tokens"]
-        state["added_tokens"], state["post_processor"], state["truncation"], state["padding"] = [], None, None, None
-        self.backend = Tokenizer.from_str(json.dumps(state))
+        # Before it is written out, which goes through all ids up to the largest, whether they are tokens or not.
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        size = max([0, *vocabulary.values(), *(token["id"] for token in added)]) + 1
+        size = max([0, *vocabulary.values(), *backend.get_added_tokens_decoder()]) + 1
         if size > 2 * len(vocabulary) + MAX_GAP:
             raise ValueError(
                 f"The tokenizer has {len(vocabulary)} tokens, but ids up to {size - 1}: it was edited. Save or download it again."
             )
+        state = json.loads(backend.to_str())
+        added = state["added_tokens"]
+        state["added_tokens"], state["post_processor"], state["truncation"], state["padding"] = [], None, None, None
+        self.backend = Tokenizer.from_str(json.dumps(state))
         self.blocked = np.zeros(size, dtype=bool)
         self.blocked[blocked_ids] = True
 

@@ -57,6 +57,8 @@ def tokenizer_errors(everything=False):
         yield
     except BaseException as error:
         unreadable = isinstance(error, JSONDecodeError | RecursionError | UnicodeDecodeError)
+        # A number of more digits than Python reads, which is an error of no class of its own.
+        unreadable |= type(error) is ValueError and str(error).startswith("Exceeds the limit")
         strange = type(error) is Exception or type(error).__name__ == "PanicException"
         strange |= isinstance(error, TypeError | LookupError | AttributeError | OverflowError | UnicodeEncodeError)
         if unreadable:
