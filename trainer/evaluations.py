@@ -1,5 +1,6 @@
 """What a model card reports of evaluations: metrics, their intervals, the step they belong to, and the data set."""
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ METRIC = re.compile(r"(item|sid)_(recall|ndcg|mrr)(?:@(\d+))?")
 NAMES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
 LEVELS = {"item": "Item-level", "sid": "SID-level"}
 CONFIDENCE = 0.95
+# How `datasets` calls what it downloaded: owner___name/config/version/commit/file.
+CACHED = re.compile(r"(?:^|/)([^/]+?)___([^/]+)/([^/]+)/[^/]+/([0-9a-f]{40})/[^/]+\.arrow$")
 
 
 @dataclass
@@ -116,20 +119,21 @@ def eval_results(evaluations, dataset=None, dataset_args=None, bootstrap=0):
 
 def hub_dataset(dataset):
     """
-    Where on the Hub a dataset was loaded from.
+    Where on the Hub a dataset was loaded from, as far as it says so: one that lies in the cache of `datasets`, also if it was mapped
+    or filtered since. Streams and datasets without an owner in their name do not.
 
     Args:
         dataset (`Dataset`, or anything else)
 
     Returns:
-        `dict`: `id`, `revision`, `config` and `split`; empty if it is not known, or not one.
+        `dict`: `id`, `revision`, `config` and, if there is one, `split`; empty if it is not known, or on no Hub.
     """
-    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = {match.groups() for match in map(re.compile(r"hf://datasets/([^@]+)@(\w+)/").match, files) if match}
-    if len(found) != 1:
+    paths = [file["filename"].replace(os.sep, "/") for file in getattr(dataset, "cache_files", None) or ()]
+    places = {match.groups() for match in map(CACHED.search, paths) if match}
+    if len(places) != 1:
         return {}
-    (name, revision), info = found.pop(), dataset.info
-    place = {"id": name, "revision": revision, "config": info.config_name}
+    owner, name, config, revision = places.pop()
+    place = {"id": f"{owner}/{name}", "revision": revision, "config": config}
     return place | ({"split": str(dataset.split)} if dataset.split is not None else {})
 
 

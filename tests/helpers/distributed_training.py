@@ -131,6 +131,12 @@ def stream(folder, name, batch_size):
     return {"rows": [part[0] for part in gathered], "same": all(torch.equal(part[1], weights) for part in gathered)}
 
 
+def pushed(folder, name, batch_size):
+    from pushing_training import push_while_training
+
+    return push_while_training(make_trainer, folder, name, batch_size)
+
+
 def refusals(folder, name, batch_size):
     """What check_launch says of launches that are not what they look like, in processes that a launcher started."""
     from rqsid import SIDTrainingArguments
@@ -162,6 +168,10 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo instead, which need not be compiled
     folder, name, batch_size, *extras = sys.argv[1:]
     results = train_families(folder, name, int(batch_size))
     for extra in extras:

@@ -52,3 +52,18 @@ def make_trainer(model, tokenizer, output_dir, train=8, evaluation=6, init=None,
         processing_class=tokenizer,
         **(init or {}),
     )
+
+
+def push_while_training(make, folder, name, batch_size):
+    """
+    Pushes each step and the end, to the Hub that the environment names, in each of the processes that a launcher started; what was
+    pushed is also saved, to FOLDER/NAME/saved.
+    """
+    output = f"{folder}/{name}/pushed"
+    args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    args |= {"push_to_hub": True, "hub_model_id": f"alice/{name}", "hub_strategy": "checkpoint"}
+    trainer = make(folder, output, batch_size, family="llama", hub_always_push=True, **args)
+    trainer.train()
+    info = trainer.push_to_hub()
+    trainer.save_whole_model(f"{folder}/{name}/saved")
+    return {"commit": info.oid if info is not None else None}

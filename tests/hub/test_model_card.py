@@ -1,10 +1,11 @@
 """Model cards say what the run was: metadata that the Hub's client reads, and text without this machine's business."""
 
+import json
 import re
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig
@@ -157,10 +158,13 @@ def test_what_is_known_of_the_world_around(make, hub_client, make_tiny_model, to
     model.save_pretrained(base)
     (base / "README.md").write_text("---\nlicense: llama2\n---\n")
     loaded = type(model).from_pretrained(base)
-    train = Dataset.from_list(make_purchases(8))
-    train.info.download_checksums = {"hf://datasets/org/purchases@abc123/data/train.jsonl": {"num_bytes": 1}}
-    train.info.config_name = "default"
-    assert hub_dataset(train) == {"id": "org/purchases", "revision": "abc123", "config": "default"}
+    rows = "\n".join(map(json.dumps, make_purchases(8))).encode()
+    where = {"repo_id": "org/purchases", "repo_type": "dataset"}
+    hub_client.create_repo(**where)
+    commit = hub_client.upload_file(path_or_fileobj=rows, path_in_repo="train.jsonl", **where).oid
+    train = load_dataset("org/purchases", split="train")
+    place = {"id": "org/purchases", "revision": commit, "config": "default", "split": "train"}
+    assert hub_dataset(train) == hub_dataset(train.select([1]).map(dict)) == place
     assert hub_dataset(None) == hub_dataset([]) == hub_dataset(Dataset.from_list([{"a": 1}])) == {}
     trainer = make(loaded, evaluation=train, init={"callbacks": [Carbon()]})
     trainer.train()
@@ -176,11 +180,7 @@ def test_what_is_known_of_the_world_around(make, hub_client, make_tiny_model, to
     }
     assert "12.3 g of CO2" in card.text and "on org/purchases" in card.text and str(tmp_path) not in str(card)
     result = card.data.eval_results[0]
-    assert (result.dataset_type, result.dataset_config, result.dataset_revision) == (
-        "org/purchases",
-        "default",
-        "abc123",
-    )
+    assert (result.dataset_type, result.dataset_split, result.dataset_revision) == ("org/purchases", "train", commit)
 
 
 @one_family

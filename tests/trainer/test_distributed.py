@@ -1,24 +1,29 @@
 """
 One process, and two under DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2: the same losses, metrics and models, resumed or not.
 
-One launch per engine, by the accelerate configurations and the script of the examples, for models of all three families.
+One run per engine, by the accelerate configurations and the script of the examples, for models of all three families. DDP's
+processes are started by accelerate; those of the others are forks with the environment that accelerate gives to its own.
 """
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from distributed_training import FAMILIES, SAVED, STEPS
+from fresh_process import run_fresh, run_ranks
+from loopback_hub import LoopbackHub
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 from rqsid import SIDTokenizer, search
 
 ROOT = Path(__file__).parents[2]
 DRIVER = str(ROOT / "tests" / "helpers" / "distributed_training.py")
+LOOK = str(ROOT / "tests" / "helpers" / "launched_environment.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 EXTRAS = ["evaluated_first", "early_stopping", "stream"]
 # Names of the configurations, and what the trainer says of itself.
@@ -66,33 +71,26 @@ def folder(request, tmp_path_factory, tokenizer, make_purchases):
 @pytest.fixture(scope="module")
 def one_process(folder):
     """Batches of 8 on one process, where the others have 4 on each of two."""
-    return run([sys.executable, DRIVER, str(folder), "one", "8", *EXTRAS], folder, "one")
+    run_fresh(
+        Path(DRIVER), folder, "one", 8, *EXTRAS, env=ENVIRONMENT | {"HF_HOME": folder / "hf"}, timeout=600, check=True
+    )
+    return json.loads((folder / "one.json").read_text())
 
 
-def launch(engine, folder, *extras):
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={CONFIGS / engine}.yaml"]
-    command += ["--num_processes=2", "--main_process_port=0"]
-    return run([*command, DRIVER, str(folder), engine, "4", *extras], folder, engine)
+def launch(engine, folder, *extras, **environment):
+    """Two processes in the environment that accelerate makes for each of its own."""
+    found = accelerate(engine, folder, LOOK, **environment)["environment"]
+    environment = {name: value for name, value in found.items() if not name.startswith("TORCHELASTIC_")}
+    run_ranks(2, Path(DRIVER), folder, engine, 4, *extras, env=environment, timeout=600)
+    return json.loads((folder / f"{engine}.json").read_text())
 
 
-def run(command, folder, name):
-    # ninja, which DeepSpeed compiles with, lies beside the interpreter; one that is found anyway comes first, because another
-    # version would compile what the other tests have compiled anew.
-    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
-    environment = {"OMP_NUM_THREADS": "1", "PATH": path, "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    log = folder / f"{name}.log"
-    with open(log, "w") as file:
-        # Its own session, so that a launch that hangs is ended with all that it started.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
-        )
-        try:
-            status = process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            status = "no end within 600 s"
-    assert status == 0, f"{name}: {status}\n{log.read_text()[-6000:]}"
-    return json.loads((folder / f"{name}.json").read_text())
+def accelerate(engine, folder, script, *arguments, **environment):
+    options = [f"--config_file={CONFIGS / engine}.yaml", "--num_processes=2", "--main_process_port=0"]
+    environment = ENVIRONMENT | {"HF_HOME": folder / "hf"} | environment
+    code = "from accelerate.commands.launch import main; main()"
+    run_fresh(code, *options, script, folder, engine, *arguments, env=environment, timeout=600, check=True)
+    return json.loads((folder / f"{engine}.json").read_text())
 
 
 def check(found, expected, engine, folder, families=FAMILIES):
@@ -116,6 +114,26 @@ def check(found, expected, engine, folder, families=FAMILIES):
         assert rankings[0] == rankings[1] == rankings[2], (engine, family)
 
 
+def check_pushes(hub, engine, folder, found):
+    """One process pushed, each time what all of them had trained, in one commit."""
+    name, output = f"alice/{engine}", folder / engine / "pushed"
+    commits = hub.commits(name)[::-1]
+    steps = [f"Training in progress, step {step}" for step in (1, 2)]
+    assert [commit["message"] for commit in commits] == [*steps, "End of training"]
+    assert found["commit"] == commits[-1]["id"] and not list(output.glob("_push-*"))
+    for step, commit in enumerate(commits[:2], 1):
+        files = hub.files(name, commit["id"])
+        assert files["model.safetensors"] == (output / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+        assert files["last-checkpoint/model.safetensors"] == files["model.safetensors"]
+        assert f"13 rows, after {step} optimizer steps" in files["README.md"].decode()
+        assert not [path for path in files if path.endswith((".pt", ".pth", ".bin")) or "global_step" in path]
+    saved = load_file(folder / engine / "saved" / "model.safetensors")
+    pushed = load(weights := hub.files(name)["model.safetensors"])
+    assert len(weights) > 10**6 and saved.keys() == pushed.keys()
+    assert all(torch.equal(saved[key], pushed[key]) for key in saved)
+    assert f"Training on {ENGINES[engine]}: " in hub.files(name)["README.md"].decode()
+
+
 def rank(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.architectures == [type(model).__name__]
@@ -137,8 +155,12 @@ class TestEngines:
             assert result["resumed_metrics"] == pytest.approx(result["metrics"])
 
     def test_ddp(self, folder, one_process):
-        found = launch("ddp", folder, *EXTRAS, "refusals")
+        with LoopbackHub() as hub:
+            found = accelerate(
+                "ddp", folder, DRIVER, 4, *EXTRAS, "refusals", "pushed", **hub.environment(folder / "ddp-home")
+            )
         check(found, one_process, "ddp", folder)
+        check_pushes(hub, "ddp", folder, found["pushed"])
 
         # transformers 5.23 alone would train a model that was evaluated first without synchronising gradients
         assert len(found["evaluated_first"]) == 3
@@ -176,4 +198,7 @@ class TestEngines:
 
     @pytest.mark.parametrize("engine", ["deepspeed_zero3", "fsdp2"])
     def test_sharded(self, engine, folder, one_process):
-        check(launch(engine, folder), one_process, engine, folder)
+        with LoopbackHub() as hub:
+            found = launch(engine, folder, "pushed", **hub.environment(folder / f"{engine}-home"))
+        check(found, one_process, engine, folder)
+        check_pushes(hub, engine, folder, found["pushed"])
