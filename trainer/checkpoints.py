@@ -298,15 +298,16 @@ def check_checkpoint(folder, to_resume=True):
     if to_resume and not any(re.fullmatch(r"rng_state(_\d+)?\.pth", name) for name in manifest["files"]):
         raise ValueError(
             f"{folder} holds a model, but no state of the optimizer (it was saved with save_only_model=True, or pushed without "
-            "hub_push_optimizer=True), so the training that it comes from cannot go on as if uninterrupted. Load the model from there and start a new training."
+            "hub_push_optimizer=True), so the training that it comes from cannot go on as if uninterrupted. Load the model from "
+            "there and start a new training."
         )
 
 
 def remove_unfinished(output_dir, should_save=True):
     """
     Removes what saves, deletions and pushes that were killed left in `output_dir`: checkpoints marked as unfinished, the remains
-    of those that were being deleted, and links to those that were being pushed. Folders without a mark are somebody else's, and stay. To be called when training
-    begins, after [`checkpoint_to_resume`], while nobody else saves there.
+    of those that were being deleted, and links to those that were being pushed. Folders without a mark are somebody else's, and
+    stay. To be called when training begins, after [`checkpoint_to_resume`], while nobody else saves there.
 
     Args:
         output_dir (`str`):

@@ -1,4 +1,4 @@
-"""The Trainer's pushes to the Hub: model, tokenizer and card of one state, in one commit, from a folder that nothing changes."""
+"""The Trainer's pushes to the Hub: model, tokenizer and card of one state in one commit, from a folder that nothing changes."""
 
 import fnmatch
 import os
