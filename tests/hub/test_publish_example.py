@@ -128,7 +128,8 @@ def test_errors_are_one_line(hub, hub_client, main, run, tmp_path, capsys, monke
     assert "Repo id" in refused(str(run), "org/a/b")
     assert main([str(run), "org/tagged", "--no-metrics", "--tag", "v1"]) == 0
     checkpoint = str(run / "checkpoint-1")
-    assert "has a tag 'v1' already" in refused(checkpoint, "org/tagged", "--no-metrics", "--tag", "v1")
+    assert main([checkpoint, "org/tagged", "--no-metrics"]) == 0
+    assert "has a tag 'v1' already" in refused(str(run), "org/tagged", "--no-metrics", "--tag", "v1")
     hub.fail(status=500, path=r".*", times=50)
     assert "did not come to its end" in refused(str(run), "org/shop")
     hub.stop_failing()

@@ -167,14 +167,22 @@ def test_figures_lie_beside_the_cards(hub, hub_client, run, copy):
 
 
 @on_one
-def test_what_is_asked_for_and_nothing_else(hub, hub_client, run):
+def test_what_is_asked_for_and_nothing_else(hub, hub_client, run, monkeypatch):
     published = publish_run(run, "shop", metrics=False, revision="trial", commit_message="First")
     assert list(published) == ["model"] and published["model"]["id"] == "alice/shop"
     assert set(hub.files("alice/shop")) <= {".gitattributes", "README.md"}
     assert "config.json" in hub.files("alice/shop", revision="trial")
     assert hub.commits("alice/shop", revision="trial")[0]["message"] == "First"
+    before = snapshot(run)
+    monkeypatch.setattr(os, "link", no_links)
     published = publish_run(run, "alice/shop", space_namespace="org")
+    assert snapshot(run) == before
+    assert hub.files("alice/shop") == hub.files("alice/shop", revision="trial")
     assert [entry["id"] for entry in published.values()] == ["org/sid_retrieval", "org/sid_distribution", "alice/shop"]
+
+
+def no_links(*args, **kwargs):
+    raise OSError("another disk")
 
 
 @on_one
