@@ -1,3 +1,6 @@
+import importlib
+from typing import TYPE_CHECKING
+
 from .evaluate_metrics import path as metric_path
 from .modeling import (
     BaichuanConfig,
@@ -35,20 +38,22 @@ from .sid_tokenizer import (
     split_codes,
     sweep,
 )
-from .trainer import (
-    SIDDataCollator,
-    SIDTrainer,
-    SIDTrainingArguments,
-    check_prompts,
-    last_checkpoint,
-    load_lora,
-    mix_tasks,
-    publish_run,
-    push_metrics,
-    push_prompts,
-    read_purchase_log,
-    tokenize_examples,
-)
+
+if TYPE_CHECKING:
+    from .trainer import (
+        SIDDataCollator,
+        SIDTrainer,
+        SIDTrainingArguments,
+        check_prompts,
+        last_checkpoint,
+        load_lora,
+        mix_tasks,
+        publish_run,
+        push_metrics,
+        push_prompts,
+        read_purchase_log,
+        tokenize_examples,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -99,3 +104,17 @@ __all__ = [
     "sweep",
     "tokenize_examples",
 ]
+
+# Imported when first asked for: datasets, evaluate and pandas, which only training needs, are a fifth of the whole import.
+_OF_TRAINER = set(__all__) - set(globals())
+
+
+def __getattr__(name):
+    if name != "trainer" and name not in _OF_TRAINER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    trainer = importlib.import_module(f"{__name__}.trainer")
+    return trainer if name == "trainer" else getattr(trainer, name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

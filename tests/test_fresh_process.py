@@ -213,5 +213,8 @@ def test_ranks(tmp_path):
     assert [done.stdout for done in run_ranks(3, code, "x")] == [f"{rank} {rank} 6 x\n" for rank in range(3)]
     with pytest.raises(RuntimeError, match="rank 1 ended with status 1:(.|\n)*rank 1 cannot"):
         run_ranks(2, code, "fail")
+    code = "import os, sys, time; time.sleep(0.3 * int(os.environ['RANK'])); print('end'); sys.exit(3)"
+    ended = run_ranks(2, code, check=False)
+    assert [(done.returncode, done.stdout) for done in ended] == [(3, "end\n")] * 2
     with pytest.raises(subprocess.TimeoutExpired):
         run_ranks(2, "import time; time.sleep(100)", timeout=0.5)

@@ -103,6 +103,30 @@ def test_every_public_name_exists_and_is_documented():
         assert docstring and not docstring.startswith(f"{name}("), f"{name} has no docstring"
 
 
+def test_training_is_imported_when_it_is_asked_for():
+    code = """
+    import sys, rqsid
+    from transformers import AutoConfig
+    late = ("rqsid.trainer", "datasets", "evaluate", "pandas")
+    late = [name for name in late if name in sys.modules and name not in sys.argv]
+    assert not late, late
+    assert set(rqsid.__all__) <= set(dir(rqsid)) and not hasattr(rqsid, "trained")
+    assert type(AutoConfig.for_model("baichuan")) is rqsid.BaichuanConfig  # registered all the same
+    from rqsid import SIDTrainer
+    assert SIDTrainer is rqsid.SIDTrainer is rqsid.trainer.SIDTrainer is sys.modules["rqsid.trainer"].SIDTrainer
+    names = {}
+    exec("from rqsid import *", names)
+    assert set(rqsid.__all__) <= set(names)
+    """
+    run_fresh(code, "pandas", libraries="torch", check=True)  # pandas is in the template
+
+
+def test_checkers_of_types_see_what_is_imported_later():
+    tree = ast.parse((ROOT / "rqsid" / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert {alias.name for node in checked.body for alias in node.names} == rqsid._OF_TRAINER <= set(rqsid.__all__)
+
+
 # Declarations
 
 

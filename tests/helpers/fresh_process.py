@@ -147,7 +147,7 @@ def start_fresh(
 def run_ranks(processes, code, *args, env=None, timeout=300, check=True, **options):
     """
     Runs a script or code in several fresh processes that find each other through `torch.distributed`, with the variables that
-    `torchrun` sets. When one fails, the others are killed.
+    `torchrun` sets. When one fails, the others are killed and the end of its stderr is raised; with `check=False` all are waited for.
 
     Returns:
         A list of `subprocess.CompletedProcess`, by rank.
@@ -163,15 +163,17 @@ def run_ranks(processes, code, *args, env=None, timeout=300, check=True, **optio
             own = env | shared | {"RANK": rank, "LOCAL_RANK": rank}
             ranks.append(stack.enter_context(start_fresh(code, *args, env=own, **options)))
         end = time.monotonic() + timeout
-        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+        while any(process.poll() is None for process in ranks) and not (
+            check and any(process.poll() for process in ranks)
+        ):
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired(ranks[0].args, timeout)
             time.sleep(0.02)
-        failed = next((process for process in ranks if process.poll()), None)
+        failed = next((process for process in ranks if check and process.poll()), None)
         for process in ranks:
             process.kill()
         results = [process.communicate() for process in ranks]
-    if check and failed:
+    if failed:
         status, error = failed.returncode, results[ranks.index(failed)][1]
         raise RuntimeError(f"rank {ranks.index(failed)} ended with status {status}:\n{error[-6000:]}")
     pairs = zip(ranks, results, strict=True)

@@ -1,9 +1,7 @@
 """Fitting in several processes over gloo. Starting processes takes seconds, so one group of three runs all scenarios."""
 
 import json
-import os
-import subprocess
-import sys
+import signal
 
 import numpy as np
 import pytest
@@ -150,18 +148,6 @@ def anisotropic(num_points=60_000, dim=16):
     return (np.random.default_rng(0).standard_normal((num_points, dim)) * spread).astype(np.float32)
 
 
-def launch(script, folder, processes, *arguments):
-    (folder / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, str(folder / "script.py"), str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.fixture(scope="module")
 def points():
     return anisotropic()
@@ -190,15 +176,12 @@ def save_and_die(self, *state):
         os.kill(os.getpid(), signal.SIGKILL)
 
 fit_checkpoint.FitCheckpoint.save_unfinished = save_and_die
-# The launcher ends the survivor as soon as it sees a death, on a busy machine before the survivor has seen it itself.
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
 shard = points[: len(points) // 3] if rank == 0 else points[len(points) // 3 :]
 quantizer = ResidualQuantizer(ResidualQuantizerConfig(**CONFIGS["short"]))
 try:
     quantizer.fit(shard, distributed=True, checkpoint_dir=folder / "state")
 except RuntimeError as error:
     (folder / "survivor.json").write_text(json.dumps([str(error), len(quantizer.codebooks)]))
-    time.sleep(1)
     raise
 resumed = [digest(quantizer), len(calls)]
 whole = ResidualQuantizer(quantizer.config).fit(shard, distributed=True, checkpoint_dir=folder / "other")
@@ -304,7 +287,9 @@ def test_checkpoints_of_several_processes(scenarios):
 def test_a_killed_process_ends_the_others_and_the_fit_goes_on_later(tmp_path, points):
     np.save(tmp_path / "points.npy", points[:6000])
     (tmp_path / "configs.json").write_text(json.dumps(CONFIGS))
-    assert launch(KILLED, tmp_path, 2, "4").returncode != 0  # in the second layer, of three passes each
+    # In the second layer, of three passes each.
+    survivor, killed = run_ranks(2, KILLED, tmp_path, 4, check=False)
+    assert killed.returncode == -signal.SIGKILL and survivor.returncode != 0, survivor.stderr
     assert not (tmp_path / "digests.json").exists()
     assert json.loads((tmp_path / "survivor.json").read_text())[1] == 0  # no half-fitted quantizer
     run_ranks(2, KILLED, tmp_path, 0)
