@@ -10,6 +10,7 @@ import numpy as np
 
 from .files import replace_atomically
 from .sid_tokens import TOKEN_FORMAT, check_token_format, layer_letter, layer_tokens
+from .untrusted import shown
 
 MAX_BYTES = 2 * 2**30
 BATCH_PRODUCTS = 100_000
@@ -86,19 +87,19 @@ def read_index(path, token_format=None, codebook_sizes=None):
     except UnicodeEncodeError:
         at = next(at for at, item in enumerate(product_ids) if any("\ud800" <= one <= "\udfff" for one in item))
         raise ValueError(
-            f"Item {product_ids[at]!r} of {name} is no text: it holds half a surrogate pair. Write the index again."
+            f"Item {shown(product_ids[at])} of {name} is no text: it holds half a surrogate pair. Write the index again."
         ) from None
     if len(set(product_ids)) < len(product_ids):
         seen = set()
         repeated = next(item for item in product_ids if item in seen or seen.add(item))
         raise ValueError(
-            f"{name} names {len(product_ids) - len(set(product_ids))} items more than once, for instance {repeated!r}. "
+            f"{name} names {len(product_ids) - len(set(product_ids))} items more than once, for instance {shown(repeated)}. "
             "Keep one list of tokens for each item."
         )
     if set(map(type, rows)) != {list}:
         at = next(at for at, tokens in enumerate(rows) if type(tokens) is not list)
         raise ValueError(
-            f"Item {product_ids[at]!r} of {name} has a JSON {_json_type(rows[at])} for its SID; it must be a list of "
+            f"Item {shown(product_ids[at])} of {name} has a JSON {_json_type(rows[at])} for its SID; it must be a list of "
             'tokens, such as ["<a_183>", "<b_70>"].'
         )
     lengths = list(map(len, rows))
@@ -106,7 +107,7 @@ def read_index(path, token_format=None, codebook_sizes=None):
     if lengths.count(num_tokens) < len(rows) or num_tokens == 0:
         at = next((at for at, length in enumerate(lengths) if length != num_tokens), 0)
         raise ValueError(
-            f"Item {product_ids[at]!r} of {name} has {lengths[at]} tokens, item {product_ids[0]!r} has {num_tokens}; all "
+            f"Item {shown(product_ids[at])} of {name} has {lengths[at]} tokens, item {shown(product_ids[0])} has {num_tokens}; all "
             "SIDs of an index have the same number of tokens, one per layer. Pass SIDs of varying length as the full codes "
             "and the TokenPruning that shortens them."
         )
@@ -114,7 +115,7 @@ def read_index(path, token_format=None, codebook_sizes=None):
     if set(map(type, flat)) != {str}:
         at, token = next((at, token) for at, row in enumerate(rows) for token in row if type(token) is not str)
         raise ValueError(
-            f"Item {product_ids[at]!r} of {name} has a JSON {_json_type(token)} among its tokens; they must be strings, "
+            f"Item {shown(product_ids[at])} of {name} has a JSON {_json_type(token)} among its tokens; they must be strings, "
             'such as "<a_183>".'
         )
 
@@ -130,7 +131,7 @@ def read_index(path, token_format=None, codebook_sizes=None):
             at = next(at for at, token in enumerate(column) if code_of[token] is None)
             expected = token_format.format(letter=layer_letter(layer), code=0)
             raise ValueError(
-                f"Item {product_ids[at]!r} of {name} has the token {column[at]!r} in place {place}, where a token such as "
+                f"Item {shown(product_ids[at])} of {name} has the token {shown(column[at])} in place {place}, where a token such as "
                 f"{expected!r} belongs: tokens stand in the order of the layers and are spelled {token_format!r}, code "
                 f"0 to {LARGEST_CODE}. Pass another token_format, or put the tokens in order."
             )
@@ -151,7 +152,7 @@ def read_index(path, token_format=None, codebook_sizes=None):
     if outside.any():
         at, layer = (int(index[0]) for index in np.nonzero(outside))
         raise ValueError(
-            f"Item {product_ids[at]!r} of {name} has the code {codes[at, layer]} in layer {layer}, outside its codebook of "
+            f"Item {shown(product_ids[at])} of {name} has the code {codes[at, layer]} in layer {layer}, outside its codebook of "
             f"{codebook_sizes[layer]} codes. Pass the sizes of the codebooks that this index was made with."
         )
     return product_ids, codes, codebook_sizes
