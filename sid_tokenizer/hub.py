@@ -1,6 +1,7 @@
 """Uploads to the Hub: one commit a push, made on the state that it was compared with, and errors of one line."""
 
 import fnmatch
+import hashlib
 import os
 import re
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils.sha import git_hash
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -116,7 +118,7 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         where = {"repo_id": repo_id, "repo_type": repo_type}
         if tag is not None:
-            _check_tag(api, where, tag, revision)
+            _check_tag(api, where, tag, revision, folder, names)
         for attempt in range(ATTEMPTS):
             try:
                 commit = _commit(
@@ -178,17 +180,33 @@ def _commit(api, folder, names, where, revision, create_pr, delete_patterns, com
     )
 
 
-def _check_tag(api, where, tag, revision):
-    """Before anything is uploaded: a tag that stands at another commit than the head will not be the new commit's."""
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(**where).tags}
-    if tag not in tags:
+def _check_tag(api, where, tag, revision, folder, names):
+    """Before anything is uploaded: a tag that is there already is only good for what it names."""
+    if tag not in {ref.name for ref in api.list_repo_refs(**where).tags}:
         return
-    # A tag is listed by the commit that it names, or by an object of its own.
-    tagged = api.repo_info(**where, revision=tag).sha
-    if tagged != api.repo_info(**where, revision=revision).sha:
+    # By name, since a tag is listed with the commit or with an object of its own.
+    tagged, head = (api.repo_info(**where, revision=name).sha for name in (tag, revision))
+    if tagged != head or not _is_there(api, where, head, folder, names):
         raise ValueError(
             f"{where['repo_id']} has a tag {tag!r} already, at commit {tagged[:7]}. Choose another; published tags do not move."
         )
+
+
+def _is_there(api, where, head, folder, names):
+    """Whether a commit holds the folder's files as they are."""
+    found = {entry.path: entry for entry in api.list_repo_tree(**where, revision=head, recursive=True)}
+    for name in names:
+        path, entry = os.path.join(folder, name), found.get(name)
+        if entry is None or entry.size != os.path.getsize(path):
+            return False
+        with open(path, "rb") as file:
+            if entry.lfs is not None:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
+            else:
+                same = git_hash(file.read()) == entry.blob_id
+        if not same:
+            return False
+    return True
 
 
 def _files(folder):
@@ -203,9 +221,7 @@ def _readable(error, repo_id, token):
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     said = _one_line(getattr(error, "server_message", None) or error, token)
     if isinstance(error, LocalTokenNotFoundError):
-        return PermissionError(
-            f"There is no token to push to {repo_id} with. Run `hf auth login`, set HF_TOKEN, or pass token."
-        )
+        return PermissionError(f"There is no token for {repo_id}. Run `hf auth login`, set HF_TOKEN, or pass token.")
     if status == 401:
         return PermissionError(
             f"The Hub rejected the token for {repo_id}: it is missing, invalid or expired. Run `hf auth login`, set HF_TOKEN, or pass "
@@ -220,15 +236,14 @@ def _readable(error, repo_id, token):
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return ValueError(f"There is no {repo_id} on the Hub, or the token may not see it.")
     if status in (400, 409, 422):
-        return ValueError(f"The Hub refused the push to {repo_id}: {said}")
+        return ValueError(f"The Hub refused this for {repo_id}: {said}")
     if status == 412:
         return ConnectionError(
             f"{repo_id} changed {ATTEMPTS} times while it was being pushed to. Push again when others are done."
         )
     reason = f"status {status}: {said}" if status is not None else f"{type(error).__name__}: {said}"
     return ConnectionError(
-        f"The push to {repo_id} did not come to its end ({reason}). Nothing has changed there; run it again, what was uploaded is not "
-        "uploaded twice."
+        f"What was to be done with {repo_id} did not come to its end ({reason}). To go on, run it again; what was uploaded is not uploaded twice."
     )
 
 

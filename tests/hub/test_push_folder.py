@@ -76,6 +76,12 @@ def test_branches_tags_pull_requests_and_private_repositories(hub, hub_client, f
     push_folder(str(folder), "alice/m", tag="v2")
     assert texts(hub, revision="v1")["config.json"] == "{}" and texts(hub, revision="v2")["config.json"] != "{}"
     push_folder(str(folder), "alice/m", tag="v2")  # once more: the same commit, so the same tag
+    write(folder, {"config.json": '{"version": 3}'})
+    with pytest.raises(ValueError, match="has a tag 'v2' already"):
+        push_folder(str(folder), "alice/m", tag="v2")
+    write(folder, {"config.json": '{"version": 2}', "model.safetensors": "b" * 50_000})
+    with pytest.raises(ValueError, match="has a tag 'v2' already"):
+        push_folder(str(folder), "alice/m", tag="v2")
 
     with pytest.raises(ValueError, match="create_pr=True opens a pull request against main"):
         push_folder(str(folder), "alice/m", create_pr=True, revision="next")
