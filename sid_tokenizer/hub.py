@@ -243,7 +243,8 @@ def _readable(error, repo_id, token):
         )
     reason = f"status {status}: {said}" if status is not None else f"{type(error).__name__}: {said}"
     return ConnectionError(
-        f"What was to be done with {repo_id} did not come to its end ({reason}). To go on, run it again; what was uploaded is not uploaded twice."
+        f"What was to be done with {repo_id} did not come to its end ({reason}). To go on, run it again; what was uploaded is not "
+        "uploaded twice."
     )
 
 
