@@ -3,7 +3,6 @@
 import os
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
 
 from .card_push import generated_comment
 from .card_sections import (
@@ -19,7 +18,7 @@ from .codebook_version import codebook_version
 
 # Of an earlier push, where this one writes one file rather than parts of one, or the other way round.
 STALE = ["model*.safetensors", "model.safetensors.index*.json"]
-NO_OPTIONS = ("codebook_sizes", "embedding_dim")
+NO_OPTIONS = ("model_type", "codebook_sizes", "embedding_dim")
 
 
 def codebook_card(quantizer, repo_id, diagnosis=None, license=None, tags=None, folder=None):
@@ -58,12 +57,7 @@ def codebook_card(quantizer, repo_id, diagnosis=None, license=None, tags=None, f
         "dimensions of an embedding": config.embedding_dim,
     }
     rows["codebook version"] = as_code(codebook_version(quantizer))
-    common = {field for field in PreTrainedConfig.__dataclass_fields__ if field not in type(config).__annotations__}
-    options = {
-        key: getattr(config, key)
-        for key in type(config).__annotations__
-        if key not in common and key not in NO_OPTIONS and key != "model_type"
-    }
+    options = {key: getattr(config, key) for key in type(config).__annotations__ if key not in NO_OPTIONS}
     text = [
         generated_comment("codebook"),
         "",
