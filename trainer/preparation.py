@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .data import tokenize_examples
+from .prompt_checks import check_rows
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +45,8 @@ def prepare_dataset(dataset, name, tokenizer, args, limits, vocabulary=None, tra
 
     Raises:
         `TypeError`: if it is none of these.
-        `ValueError`: if it is empty, lacks columns, or holds rows that are too long, or answers in text where `vocabulary` has
-            none.
+        `ValueError`: if it is empty, lacks columns, or holds rows that are too long, that were tokenized for other codebooks, or
+            answers in text where `vocabulary` has none.
     """
     if isinstance(dataset, list):
         strangers = [row for row in dataset if not isinstance(row, dict)]
@@ -62,8 +63,11 @@ def prepare_dataset(dataset, name, tokenizer, args, limits, vocabulary=None, tra
     if not first:
         raise ValueError(f"The {name} dataset is empty: it needs at least one purchase.")
     columns = dataset.column_names or list(first[0])
-    if not {"input_ids", "label_ids"} <= set(columns):
+    is_ready = {"input_ids", "label_ids"} <= set(columns)
+    if not is_ready:
         dataset, columns = _tokenize(dataset, columns, first[0], name, tokenizer, args, limits[0], training)
+    elif isinstance(dataset, IterableDataset):
+        check_rows(pa.Table.from_pylist(first), tokenizer, name)
     if not training and "label_positions" in columns:
         raise ValueError(
             f"The {name} dataset holds tokenized sessions, or sessions among other tasks, whose answers are to be learned at once. "
@@ -80,7 +84,9 @@ def prepare_dataset(dataset, name, tokenizer, args, limits, vocabulary=None, tra
     if isinstance(dataset, IterableDataset):
         return _share_stream(dataset.map(check, batched=True), args, training)
     names = [column for column in ("input_ids", "label_ids", "label_positions", "product_rows") if column in columns]
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=CHUNK):
+    for part, table in enumerate(dataset.select_columns(names).with_format("arrow").iter(batch_size=CHUNK)):
+        if is_ready:
+            check_rows(table, tokenizer, name, part * CHUNK)
         check({column: table[column] for column in names})
     return dataset
 

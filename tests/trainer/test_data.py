@@ -1,6 +1,7 @@
 """From purchases, sessions and titles to token ids."""
 
 import pytest
+from datasets import Dataset
 
 from rqsid import ProductCatalog, PromptTemplate, SIDTokenizer
 from rqsid.trainer import tokenize_examples
@@ -147,3 +148,24 @@ def test_tokenize_examples_of_sessions_and_titles_together(with_template):
         assert out["product_rows"][row] == [product]
     with pytest.raises(ValueError, match="task='query': a prompt template of layout=\"session\""):
         tokenize_examples({"task": ["query"], "products": [["p1"]]}, tokenizer)
+
+
+@pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
+def test_rows_of_another_codebook_are_refused(tokenizer, model, make_trainer, make_purchases):
+    """They look alike: token ids of the same vocabulary, which name other products."""
+    rows = Dataset.from_list(make_purchases(6)).map(
+        tokenize_examples, batched=True, fn_kwargs={"tokenizer": tokenizer}
+    )
+    rows = rows.select_columns(["input_ids", "label_ids", "product_rows"])
+    make_trainer(model, rows)
+    moved = [
+        tokenizer.encode_products("p2") + [tokenizer.eos_token_id] if i == 3 else ids
+        for i, ids in enumerate(rows["label_ids"])
+    ]
+    wrong = rows.remove_columns("label_ids").add_column("label_ids", moved)
+    with pytest.raises(
+        ValueError, match="Row 3 of the train dataset answers with other tokens than the SID of its product"
+    ):
+        make_trainer(model, wrong)
+    with pytest.raises(ValueError, match="Row 0 of the train dataset answers with other tokens"):
+        make_trainer(model, wrong.select([3, 0]).to_iterable_dataset(), max_steps=1)
