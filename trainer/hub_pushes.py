@@ -87,7 +87,7 @@ def push_checkpoint(trainer, checkpoint):
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if is_last else os.path.basename(checkpoint)
-            _link_checkpoint(checkpoint, os.path.join(snapshot, name), args.hub_push_optimizer)
+            _link_checkpoint(checkpoint, snapshot, name, args.hub_push_optimizer)
             replaced.append(f"{name}/*")
         card = model_card(trainer, snapshot)
     except Exception as error:
@@ -227,17 +227,16 @@ def _save_for_push(trainer):
     return folder if is_first else None
 
 
-def _link_checkpoint(checkpoint, folder, with_optimizer):
+def _link_checkpoint(checkpoint, snapshot, folder_name, with_optimizer):
     """A checkpoint as it is to be published: with a list of the files that it is published with."""
-    names = [
-        name
-        for name in list_files(checkpoint)
-        if _is_published(name) or name == TRAINER_STATE or (with_optimizer and _is_resumed_from(name))
-    ]
-    _link(names, checkpoint, folder)
+    model = [name for name in list_files(snapshot) if name != CARD_FILE]
+    folder = os.path.join(snapshot, folder_name)
+    others = [TRAINER_STATE, *(name for name in list_files(checkpoint) if with_optimizer and _is_resumed_from(name))]
+    _link(model, snapshot, folder)
+    _link(others, checkpoint, folder)
     _hide_paths(folder)
     manifest = read_json(os.path.join(checkpoint, MANIFEST))
-    manifest["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in names}
+    manifest["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in [*model, *others]}
     write_json(os.path.join(folder, MANIFEST), manifest)
 
 

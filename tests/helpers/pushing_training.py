@@ -57,12 +57,16 @@ def make_trainer(model, tokenizer, output_dir, train=8, evaluation=6, init=None,
 def push_while_training(make, folder, name, batch_size):
     """
     Pushes each step and the end, to the Hub that the environment names, in each of the processes that a launcher started; what was
-    pushed is also saved, to FOLDER/NAME/saved.
+    pushed is also saved, to FOLDER/NAME/saved. Checkpoints of FSDP hold shards.
     """
     output = f"{folder}/{name}/pushed"
     args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     args |= {"push_to_hub": True, "hub_model_id": f"alice/{name}", "hub_strategy": "checkpoint"}
     trainer = make(folder, output, batch_size, family="llama", hub_always_push=True, **args)
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")
     trainer.train()
     info = trainer.push_to_hub()
     trainer.save_whole_model(f"{folder}/{name}/saved")

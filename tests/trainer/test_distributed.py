@@ -122,15 +122,19 @@ def check_pushes(hub, engine, folder, found):
     assert [commit["message"] for commit in commits] == [*steps, "End of training"]
     assert found["commit"] == commits[-1]["id"] and not list(output.glob("_push-*"))
     for step, commit in enumerate(commits[:2], 1):
-        files = hub.files(name, commit["id"])
-        assert files["model.safetensors"] == (output / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+        files, checkpoint = hub.files(name, commit["id"]), output / f"checkpoint-{step}"
+        if engine == "fsdp2":
+            assert (checkpoint / "pytorch_model_fsdp_0").is_dir() and not any("fsdp" in path for path in files)
+        else:
+            assert files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
         assert files["last-checkpoint/model.safetensors"] == files["model.safetensors"]
         assert f"13 rows, after {step} optimizer steps" in files["README.md"].decode()
         assert not [path for path in files if path.endswith((".pt", ".pth", ".bin")) or "global_step" in path]
     saved = load_file(folder / engine / "saved" / "model.safetensors")
-    pushed = load(weights := hub.files(name)["model.safetensors"])
-    assert len(weights) > 10**6 and saved.keys() == pushed.keys()
-    assert all(torch.equal(saved[key], pushed[key]) for key in saved)
+    first, second, last = (load(hub.files(name, commit["id"])["model.safetensors"]) for commit in commits)
+    for pushed, is_same in ((last, True), (second, True), (first, False)):
+        assert saved.keys() == pushed.keys() and len(saved) > 10
+        assert all(torch.equal(saved[key], pushed[key]) for key in saved) == is_same
     assert f"Training on {ENGINES[engine]}: " in hub.files(name)["README.md"].decode()
 
 
