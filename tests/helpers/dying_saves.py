@@ -15,14 +15,21 @@ LEFTOVERS = (".sid_save-", ".sid_previous", ".tmp")
 
 @contextlib.contextmanager
 def before_each_call(action):
-    """Calls `action(number)` before each call of one of CALLS, and half-way through what safetensors writes."""
-    number, real, real_save = 0, {name: getattr(os, name) for name in CALLS}, files.save_file
+    """
+    Calls `action(number)` before each call of one of CALLS, and half-way through what safetensors writes. What the action calls
+    itself does not count.
+    """
+    number, acting, real, real_save = 0, False, {name: getattr(os, name) for name in CALLS}, files.save_file
 
     def hooked(function):
         def call(*args, **kwargs):
-            nonlocal number
-            number += 1
-            action(number)
+            nonlocal number, acting
+            if not acting:
+                number, acting = number + 1, True
+                try:
+                    action(number)
+                finally:
+                    acting = False
             return function(*args, **kwargs)
 
         return call

@@ -52,6 +52,28 @@ def killed_at(call, save):
     return status != 0
 
 
+def remains_of_kills(save, folder, snapshots):
+    """What `save` would leave in `folder` if it was killed at any call: copies of each different state, and the calls."""
+    found, calls = {}, []
+
+    def look_at(number):
+        calls.append(number)
+        if (now := state(folder)) not in found:
+            found[now] = os.path.join(snapshots, str(number))
+            copy(folder, found[now])
+
+    def hooked():
+        with before_each_call(look_at):
+            save()
+        with open(os.path.join(snapshots, "found.json"), "w") as file:
+            json.dump([found, len(calls)], file)
+
+    os.makedirs(snapshots)
+    assert in_child(hooked) == 0
+    with open(os.path.join(snapshots, "found.json")) as file:
+        return json.load(file)
+
+
 def small_base(end="</s>", **options):
     pieces = {letter: at for at, letter in enumerate([end, *"abcdefghijklmnopqrstuvwxyz:<>_/ "])}
     backend = Tokenizer(models.BPE(vocab=pieces, merges=[]))
@@ -160,24 +182,21 @@ def with_stale_template(new, old):
 @pytest.mark.slow
 @pytest.mark.parametrize("old, new", PAIRS)
 def test_a_save_killed_at_any_call(bundles, tmp_path, old, new):
+    """Looked at before each call, which is what a kill leaves: test_the_remains_of_killed_saves_… sees that it is."""
     tokenizer, before, folder = SIDTokenizer.from_pretrained(bundles / new), load(bundles / old), tmp_path / "folder"
-    after, call, found, states = with_stale_template(load(bundles / new), before), 0, [], set()
-    while True:
-        call += 1
-        copy(bundles / old, folder)
-        if not killed_at(call, lambda: tokenizer.save_pretrained(folder)):
-            break
-        if state(folder) in states:
-            continue
-        states.add(state(folder))
+    after, found = with_stale_template(load(bundles / new), before), []
+    copy(bundles / old, folder)
+    remains, calls = remains_of_kills(lambda: tokenizer.save_pretrained(folder), folder, tmp_path / "remains")
+    assert load(folder) == after and not leftovers(folder)
+    for remaining in remains.values():
+        copy(remaining, folder)
         seen = load(folder)
-        assert seen in (before, after), f"mixed after call {call}: {sorted(os.listdir(folder))}"
+        assert seen in (before, after), f"mixed in {remaining}: {sorted(os.listdir(folder))}"
         found.append(seen == after)
         tokenizer.save_pretrained(folder)
-        assert load(folder) == after and not leftovers(folder), call
-    assert load(folder) == after and not leftovers(folder)
+        assert load(folder) == after and not leftovers(folder), remaining
     # Old, and from some call on new.
-    assert found == sorted(found) and call > 30 and len(found) > 3 and not found[0] and found[-1]
+    assert found == sorted(found) and calls > 30 and len(found) > 3 and not found[0] and found[-1]
 
 
 @linux
@@ -193,6 +212,10 @@ def test_the_remains_of_killed_saves_load_in_a_fresh_process(bundles, tmp_path, 
         if state(folder) not in states:
             states.add(state(folder))
             folders.append(folder)
+    watched = tmp_path / "watched"
+    copy(bundles / "plain", watched)
+    remains, calls = remains_of_kills(lambda: tokenizer.save_pretrained(watched), watched, tmp_path / "remains")
+    assert remains.keys() == states and calls == call - 1
     found = run_fresh(
         """
         import json, sys
