@@ -36,13 +36,15 @@ def parts():
 
 def brute_force(model, tokenizer, prompt):
     """All products by the teacher-forced log-probability of their SID, ties by popularity and then catalog order."""
-    ranked = []
-    for row, product in enumerate(PRODUCT_IDS):
-        answer = tokenizer.encode_products(product)
+    ranked, answers = [], tokenizer.encode_products(PRODUCT_IDS)
+    for length in sorted({len(answer) for answer in answers}):
+        rows = [row for row, answer in enumerate(answers) if len(answer) == length]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
-        score = sum(logits[len(prompt) - 1 + step, token].item() for step, token in enumerate(answer))
-        ranked.append((-score, tuple(answer), -tokenizer.catalog.popularity[row], row))
+            logits = model(torch.tensor([prompt + answers[row] for row in rows])).logits
+        scores = logits[:, len(prompt) - 1 : -1].double().log_softmax(-1)
+        for row, score in zip(rows, scores, strict=True):
+            total = sum(score[step, token].item() for step, token in enumerate(answers[row]))
+            ranked.append((-total, tuple(answers[row]), -tokenizer.catalog.popularity[row], row))
     return sorted(ranked, key=lambda entry: (round(entry[0], 5), *entry[1:]))
 
 
