@@ -74,8 +74,10 @@ def run(output, **options):
 
 
 def test_embeddings_alone(folder, tmp_path, capsys):
-    _, found, text = run(tmp_path / "new" / "folder", embeddings=folder / "points.npy", codebook_sizes=SIZES)
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FIGURES | {"report.md", "report.json"}
+    output, options = tmp_path / "new" / "folder", {"embeddings": folder / "points.npy", "codebook_sizes": SIZES}
+    _, found, text = run(output, **options)
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert files.keys() == FIGURES | {"report.md", "report.json"}
     assert found["label"] == "plain" and found["remedies_of"] == "better training"
     printed = capsys.readouterr()
     assert (
@@ -96,6 +98,9 @@ def test_embeddings_alone(folder, tmp_path, capsys):
     ]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
     assert found["by_items"]["verdict"] == "none" and "no remedy needed" in found["recommendation"]
+    # the same again, to the byte
+    assert run(output, **options)[1] == found
+    assert files == {path.name: path.read_bytes() for path in output.iterdir()}
 
 
 def test_codes_of_ones_own_against_better_training(folder, tmp_path):
@@ -212,14 +217,6 @@ def test_without_matplotlib_the_report_says_so(folder, tmp_path, monkeypatch, ca
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json"}
     assert "sweep.png" not in text and "loses nothing" in text
     assert "pip install 'rqsid[plots]'" in text and "pip install 'rqsid[plots]'" in capsys.readouterr().out
-
-
-def test_the_same_again(folder, tmp_path):
-    options = {"embeddings": folder / "points.npy", "codebook_sizes": SIZES}
-    _, first, _ = run(tmp_path, **options)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    _, second, _ = run(tmp_path, **options)
-    assert first == second and files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_the_seed_counts(folder, tmp_path, no_figures):
