@@ -1,6 +1,7 @@
 """The valid SIDs as a trie in flat arrays, walked and expanded in batches."""
 
 import copy
+import os
 
 import numpy as np
 import torch
@@ -354,12 +355,20 @@ class SIDTrie:
 
         Raises:
             `ValueError`: if the file is truncated or damaged, was written by another format version, or belongs to another
-                version of the tokenizer's catalog.
+                version of the tokenizer's catalog, or to a tokenizer with other SID tokens.
         """
         catalog = None if tokenizer is None else copy.copy(tokenizer.catalog)
         arrays, numbers = read_trie(path, catalog)
         mask = arrays.pop("product_mask", None)
         symbol_tokens = arrays.pop("symbol_tokens")
+        if tokenizer is not None:
+            known = torch.from_numpy(np.concatenate(tokenizer.layer_token_ids()))
+            strangers = symbol_tokens[~torch.isin(symbol_tokens, known)]
+            if len(strangers):
+                raise ValueError(
+                    f"{os.path.basename(path)} spells SIDs with the token {int(strangers[0])}, which is no SID token of the tokenizer: "
+                    "it belongs to another, or was edited. Build it again with `SIDTrie.from_tokenizer(tokenizer)`."
+                )
         trie = object.__new__(cls)
         trie._set_parts(arrays | numbers, symbol_tokens)
         trie.catalog_version, trie._catalog = numbers["catalog_version"], catalog

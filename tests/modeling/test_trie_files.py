@@ -263,6 +263,24 @@ def test_rows_and_masks_beyond_the_catalog(tokenizer, tmp_path):
             SIDTrie.load(tmp_path / "bad", tokenizer)
 
 
+def test_tokens_of_another_tokenizer(tokenizer, tmp_path):
+    SIDTrie.from_tokenizer(tokenizer).save(tmp_path / "trie")
+    other = CatalogTokens(tokenizer.catalog, seed=0)
+    theirs, ours = (np.concatenate(one.layer_token_ids()) for one in (other, tokenizer))
+    assert not np.isin(ours, theirs).all()
+    with pytest.raises(ValueError, match="trie spells SIDs with the token [0-9]+, which is no SID token") as caught:
+        SIDTrie.load(tmp_path / "trie", other)
+    token = int(re.search("token ([0-9]+)", str(caught.value))[1])
+    assert token in ours and token not in theirs
+    # One beyond all of them, in a file that has no other flaw.
+    tensors, config = contents(tmp_path / "trie")
+    tensors["symbol_tokens"][-1] = 2**40
+    save_file(tensors, tmp_path / "edited", metadata={"sid_trie": json.dumps(config)})
+    SIDTrie.load(tmp_path / "edited")
+    with pytest.raises(ValueError, match=f"edited spells SIDs with the token {2**40}"):
+        SIDTrie.load(tmp_path / "edited", tokenizer)
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_loaded_can_be_walked(tmp_path_factory, data):
