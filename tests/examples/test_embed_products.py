@@ -347,7 +347,7 @@ def test_a_killed_run_is_finished_by_the_next(example, run, bert):
     arguments = ("--products=products.csv", "--text_columns", "title", "brand", f"--encoder={bert}", *OUT)
     arguments += ("--shard_rows=10",)
     third = Path("out/embeddings/embeddings-00002.safetensors")
-    with start_fresh(SCRIPT, "--use_cpu", *arguments) as process:
+    with start_fresh(Path(SCRIPT), "--use_cpu", *arguments) as process:
         until = time.monotonic() + 120
         while not third.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
@@ -368,7 +368,7 @@ def test_two_processes_make_what_one_makes(example, run):
     write_pairs(range(40))
     run(*TRAIN, *OUT, "--per_device_train_batch_size=40")
     two = ["--output_dir=two", "--per_device_train_batch_size=20"]
-    run_ranks(2, SCRIPT, "--use_cpu", *TRAIN, *two)
+    run_ranks(2, Path(SCRIPT), "--use_cpu", *TRAIN, *two)
     one, two = (load_file(f"{folder}/model/model.safetensors")["embedding.weight"] for folder in ("out", "two"))
     torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
     torch.testing.assert_close(read_shards("two/embeddings"), read_shards(), atol=1e-4, rtol=0)
