@@ -25,7 +25,7 @@ ids = [str(path.relative_to(ROOT)) for path in SOURCES]
 CARD = "transformers datasets accelerate tokenizers huggingface-hub evaluate deepspeed safetensors".split()
 
 # What files that travel to the Hub may import at the top, so that they open without the package.
-HUB_THIRD_PARTY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "tqdm"}
+HUB_THIRD_PARTY = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "tqdm", "huggingface_hub"}
 
 
 def imports_of(tree, top_only=False):
