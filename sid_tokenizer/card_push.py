@@ -4,7 +4,7 @@ import os
 import tempfile
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 from transformers.utils import logging
 
 from .card_sections import FIGURE_FILE
@@ -13,21 +13,11 @@ from .hub import hub_errors, push_folder
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
-OPTIONS = (
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-    "tag",
-    "license",
-    "repo_id",
-)
 
 
-def push_saved(save, make_card, repo_id, kind, *, tags=None, private=None, token=None, delete_patterns=(), **options):
+def push_saved(
+    save, make_card, repo_id, kind, *, check=None, tags=None, private=None, token=None, delete_patterns=(), **options
+):
     """
     Args:
         save (`callable`):
@@ -40,6 +30,8 @@ def push_saved(save, make_card, repo_id, kind, *, tags=None, private=None, token
         kind (`str`):
             `"codebook"` or `"tokenizer"`. A card of another kind, or without that comment, is somebody else's: it keeps its
             text, and only tags that it lacks are added.
+        check (`callable`, *optional*):
+            Called with an `HfApi`, the repository's full name and its commit; raises a `ValueError` if that must not be pushed over.
         tags (`list[str]`, *optional*):
             Those.
         private, token, delete_patterns, **options:
@@ -51,41 +43,36 @@ def push_saved(save, make_card, repo_id, kind, *, tags=None, private=None, token
     Raises:
         `ValueError`, `PermissionError`, `ConnectionError`: as [`push_folder`].
     """
-    api = HfApi(token=token, library_name="rqsid")
     with hub_errors(repo_id, token):
-        # With its full name, without which another's repository of that name would be asked for a card.
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        there = _download_card(api, repo_id, options.get("revision"))
+        # Who may not push learns it before a large catalog is saved.
+        repo_id = HfApi(token=token, library_name="rqsid").create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
-        path, stale = os.path.join(folder, CARD_FILE), list(delete_patterns)
-        if there is None or generated_comment(kind) in there:
-            make_card(repo_id, folder).save(path)
-            stale.append(FIGURE_FILE)
-        elif tags:
-            _add_tags(there, tags, path, repo_id)
-        return push_folder(folder, repo_id, private=private, token=token, delete_patterns=stale, **options)
+        path, figure = (os.path.join(folder, name) for name in (CARD_FILE, FIGURE_FILE))
 
+        # Of the commit that is pushed onto, lest a card is lost that somebody writes while this is saved or uploaded.
+        def add_card(api, repo_id, head):
+            if check is not None:
+                check(api, repo_id, head)
+            there = _download_card(api, repo_id, head)
+            for name in filter(os.path.exists, (path, figure)):
+                os.remove(name)
+            if there is None or generated_comment(kind) in there:
+                make_card(repo_id, folder).save(path)
+                return [FIGURE_FILE]
+            if tags:
+                _add_tags(there, tags, path, repo_id)
+            return []
 
-def pop_push_options(kwargs, save_directory, more=()):
-    """
-    Takes those arguments of a `save_pretrained` that are its `push_to_hub`'s.
-
-    Args:
-        kwargs (`dict`):
-            All arguments; those are removed.
-        save_directory (`str` or `os.PathLike`):
-            Its name is the repository's if no other is given.
-        more (`tuple[str]`, *optional*, defaults to `()`):
-            Arguments that only some `push_to_hub` take.
-
-    Returns:
-        `dict`: of arguments that are given, and `repo_id`.
-    """
-    options = {name: kwargs.pop(name) for name in (*OPTIONS, *more) if kwargs.get(name) is not None}
-    for name in (*OPTIONS, *more):
-        kwargs.pop(name, None)
-    return {"repo_id": os.path.basename(os.path.abspath(save_directory))} | options
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=token,
+            delete_patterns=list(delete_patterns),
+            prepare=add_card,
+            **options,
+        )
 
 
 def generated_comment(kind):
@@ -96,17 +83,32 @@ def generated_comment(kind):
     return f"<!-- rqsid wrote this card of a {kind}, and every push writes it anew. Remove this line to keep your changes. -->"
 
 
+def download(api, repo_id, filename, revision):
+    """
+    Returns:
+        `str` or `None`: path to a file of a repository, `None` if there is no such file.
+
+    Raises:
+        What the client raises otherwise. A file that could not be asked for is not one that there is not.
+    """
+    try:
+        return api.hf_hub_download(repo_id, filename, revision=revision)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+
+
 def _download_card(api, repo_id, revision):
     """Its text, or `None`. A branch that there is none of yet will begin where `main` is."""
-    for branch in dict.fromkeys([revision, None]):
-        try:
-            with open(api.hf_hub_download(repo_id, CARD_FILE, revision=branch), encoding="utf-8", newline="") as file:
-                return file.read()
-        except RevisionNotFoundError:
-            continue
-        except EntryNotFoundError:
-            return None
-    return None
+    try:
+        path = download(api, repo_id, CARD_FILE, revision)
+    except RevisionNotFoundError:
+        path = download(api, repo_id, CARD_FILE, None)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
 
 
 def _add_tags(text, tags, path, repo_id):

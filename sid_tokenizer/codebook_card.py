@@ -4,7 +4,7 @@ import os
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .card_push import generated_comment
+from .card_push import download, generated_comment
 from .card_sections import (
     FIGURE_FILE,
     TAGS,
@@ -14,7 +14,10 @@ from .card_sections import (
     save_figure,
     versions_section,
 )
+from .codebook_files import CONFIG_FILE
 from .codebook_version import codebook_version
+from .files import read_json
+from .untrusted import shown
 
 # Of an earlier push, where this one writes one file rather than parts of one, or the other way round.
 STALE = ["model*.safetensors", "model.safetensors.index*.json"]
@@ -87,6 +90,25 @@ def codebook_card(quantizer, repo_id, diagnosis=None, license=None, tags=None, f
         text += ["", diagnosis_section(diagnosis, FIGURE_FILE if has_figure else None)]
     text += ["", versions_section(), "", citation_section(), ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
+
+
+def check_repository(api, repo_id, commit):
+    """
+    Raises:
+        `ValueError`: if the repository holds a model that is no quantizer, whose configuration and weights have the same names.
+    """
+    path = download(api, repo_id, CONFIG_FILE, commit)
+    if path is None:
+        return
+    try:
+        model_type = read_json(path).get("model_type")
+    except ValueError:
+        model_type = None
+    if not str(model_type).startswith("rqsid_"):
+        raise ValueError(
+            f"{repo_id} holds a model ({CONFIG_FILE} says model_type={shown(model_type)}), which the codebooks would replace. Push them to "
+            "a repository of their own; those that belong to a tokenizer go with it anyway."
+        )
 
 
 def _table(heads, rows):

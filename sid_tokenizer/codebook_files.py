@@ -40,6 +40,26 @@ def read_config(config_class, name, options, overrides):
     Raises:
         `ValueError`: if there is no config.json, or one that another class, another version or nobody's program wrote.
     """
+    content, commit = read_entries(config_class, name, options)
+    try:
+        config, left = config_class.from_dict(content, return_unused_kwargs=True, **overrides)
+    except Exception as error:  # whatever its values make of the code that expects others
+        raise ValueError(f"{CONFIG_FILE} of {name} cannot be used: {_line(error)}") from None
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"{CONFIG_FILE} of {name} has dtype {shown(content.get('dtype'))}, no type of floating point."
+        )
+    return config, left, commit
+
+
+def read_entries(config_class, name, options):
+    """
+    The entries of config.json, as they stand there. Arguments and errors are those of [`read_config`].
+
+    Returns:
+        `tuple[dict, str | None]`: the entries, and the commit.
+    """
     path, commit = find_file(name, CONFIG_FILE, **options)
     if path is None:
         raise ValueError(f"{name} has no {CONFIG_FILE}: it holds no codebooks, or its save did not finish.")
@@ -58,16 +78,7 @@ def read_config(config_class, name, options, overrides):
     for key, value in content.items():
         if isinstance(value, list) and len(value) > MAX_LAYERS:
             raise ValueError(f"{CONFIG_FILE} of {name} says {key}={shown(value)}: more than {MAX_LAYERS} layers.")
-    try:
-        config, left = config_class.from_dict(content, return_unused_kwargs=True, **overrides)
-    except Exception as error:  # whatever its values make of the code that expects others
-        raise ValueError(f"{CONFIG_FILE} of {name} cannot be used: {_line(error)}") from None
-    dtype = getattr(config, "dtype", None)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"{CONFIG_FILE} of {name} has dtype {shown(content.get('dtype'))}, no type of floating point."
-        )
-    return config, left, commit
+    return content, commit
 
 
 def read_weights(model_class, config, name, options, variant=None):
@@ -131,14 +142,23 @@ def read_weights(model_class, config, name, options, variant=None):
 
 def _find_weights(name, options, variant):
     kind = f".{variant}" if variant else ""
-    path, _ = find_file(name, f"model{kind}.safetensors", optional=True, **options)
+    path, index, failure = None, None, None
+    try:
+        path, _ = find_file(name, f"model{kind}.safetensors", **options)
+    except ConnectionError as error:  # without a connection it may be that only parts are in the cache
+        failure = error
     if path is not None:
         return [path]
-    index, _ = find_file(name, f"model.safetensors.index{kind}.json", optional=True, **options)
+    try:
+        index, _ = find_file(name, f"model.safetensors.index{kind}.json", **options)
+    except ConnectionError as error:
+        failure = failure or error
     if index is None:
+        if failure is not None:
+            raise failure
         raise ValueError(
-            f"{name} has no model{kind}.safetensors (or it is not in the cache). Codebooks are loaded from safetensors only, never from "
-            "pickles such as pytorch_model.bin, which may run code when they are opened: ask for a copy in safetensors."
+            f"{name} has no model{kind}.safetensors. Codebooks are loaded from safetensors only, never from pickles such as "
+            "pytorch_model.bin, which may run code when they are opened: ask for a copy in safetensors."
         )
     weight_map = read_json(index, CONFIG_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -45,6 +46,7 @@ def push_folder(
     ignore_patterns=None,
     delete_patterns=None,
     allow_pickles=False,
+    prepare=None,
 ):
     """
     Pushes a folder as one commit, so that whoever loads finds all of the old files or all of the new ones.
@@ -81,6 +83,10 @@ def push_folder(
             Files of the repository to delete in the same commit, if the folder does not hold them.
         allow_pickles (`bool`, *optional*, defaults to `False`):
             Whether to push files in formats that run code when they are opened; refused otherwise.
+        prepare (`callable`, *optional*):
+            Called with the `HfApi`, the repository's full name and the commit that the folder is about to be compared with, again
+            whenever the branch has moved. What it puts into the folder depends on what is there, as a card does; it returns
+            further `delete_patterns`.
 
     Returns:
         `CommitInfo`: the commit; that of the head, if nothing has changed.
@@ -98,12 +104,9 @@ def push_folder(
             f"create_pr=True opens a pull request against main, which has no commit to tag and no branch of its own to name: leave "
             f"out tag={tag!r} and revision={revision!r}."
         )
-    names = sorted(
-        filter_repo_objects(
-            _files(folder), allow_patterns=allow_patterns, ignore_patterns=[*NEVER_PUSHED, *(ignore_patterns or [])]
-        )
-    )
-    pickles = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLES)]
+    patterns = {"allow_patterns": allow_patterns, "ignore_patterns": [*NEVER_PUSHED, *(ignore_patterns or [])]}
+    names = sorted(filter_repo_objects(_files(folder), **patterns))
+    pickles = [name for name in names if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in PICKLES)]
     if pickles and not allow_pickles:
         raise ValueError(
             f"{folder} holds {', '.join(pickles[:3])}{' …' if len(pickles) > 3 else ''}: formats that run code when they are opened, "
@@ -117,12 +120,22 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         where = {"repo_id": repo_id, "repo_type": repo_type}
-        if tag is not None:
-            _check_tag(api, where, tag, revision, folder, names)
         for attempt in range(ATTEMPTS):
+            head, stale = api.repo_info(**where, revision=revision).sha, list(delete_patterns or [])
+            if prepare is not None:
+                stale += prepare(api, repo_id, head)
+                names = sorted(filter_repo_objects(_files(folder), **patterns))
+            if tag is not None:
+                _check_tag(api, where, tag, head, folder, names)
             try:
-                commit = _commit(
-                    api, folder, names, where, revision, create_pr, delete_patterns, commit_message, commit_description
+                commit = api.create_commit(
+                    **where,
+                    operations=_operations(api, folder, names, where, head, stale),
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
                 )
                 break
             except HfHubHTTPError as error:
@@ -152,6 +165,10 @@ def hub_errors(repo_id, token=None):
         yield
     except (HTTPError, LocalTokenNotFoundError, ConnectionError, JSONDecodeError) as error:
         raise _readable(error, repo_id, token) from None
+    except (
+        LocalEntryNotFoundError
+    ) as error:  # what the client makes of any failure to ask for a file that is not in the cache
+        raise _readable(error.__cause__ or error, repo_id, token) from None
     except RuntimeError as error:
         if not isinstance(error.__cause__, HTTPError):  # what the client makes of a failed upload of one file
             raise
@@ -162,30 +179,21 @@ def hub_errors(repo_id, token=None):
         raise ValueError(f"The card for {repo_id} is not valid: {_one_line(error, token)}") from None
 
 
-def _commit(api, folder, names, where, revision, create_pr, delete_patterns, commit_message, commit_description):
-    head = api.repo_info(**where, revision=revision).sha
+def _operations(api, folder, names, where, head, delete_patterns):
     operations = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
     if delete_patterns:
         there = api.list_repo_files(**where, revision=head)
         stale = set(filter_repo_objects(there, allow_patterns=delete_patterns)) - {*names, ".gitattributes"}
         operations += [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
-    return api.create_commit(
-        **where,
-        operations=operations,
-        commit_message=commit_message,
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=head,
-    )
+    return operations
 
 
-def _check_tag(api, where, tag, revision, folder, names):
+def _check_tag(api, where, tag, head, folder, names):
     """Before anything is uploaded: a tag that is there already is only good for what it names."""
     if tag not in {ref.name for ref in api.list_repo_refs(**where).tags}:
         return
     # By name, since a tag is listed with the commit or with an object of its own.
-    tagged, head = (api.repo_info(**where, revision=name).sha for name in (tag, revision))
+    tagged = api.repo_info(**where, revision=tag).sha
     if tagged != head or not _is_there(api, where, head, folder, names):
         raise ValueError(
             f"{where['repo_id']} has a tag {tag!r} already, at commit {tagged[:7]}. Choose another; published tags do not move."

@@ -1,33 +1,35 @@
-"""One file of a folder or of a repository on the Hub, and errors that say what is wrong with the name."""
+"""What saving and loading know of the Hub: one file of a folder or of a repository, and what only a push needs."""
 
+import importlib
 import os
+from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers.utils.hub import extract_commit_hash
 
 # What from_pretrained is told about where files come from.
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What save_pretrained(push_to_hub=True) tells push_to_hub.
+PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+PUSH_OPTIONS += ("tags", "tag", "license")
 
 
-def find_file(name, filename, optional=False, **options):
+def find_file(name, filename, **options):
     """
     Args:
         name (`str` or `os.PathLike`):
             A folder, or a repository.
         filename (`str`):
             What to find there.
-        optional (`bool`, *optional*, defaults to `False`):
-            Whether a file that is not in the cache, where the Hub cannot be reached, counts as one that there is not.
         **options:
             Of [`DOWNLOAD_OPTIONS`], as `from_pretrained` takes them.
 
@@ -49,10 +51,9 @@ def find_file(name, filename, optional=False, **options):
     failure = None
     try:
         path = hf_hub_download(name, filename, subfolder=subfolder or None, library_name="rqsid", **options)
-        return path, extract_commit_hash(path, None)
+        # From its end, for the cache itself may lie in a folder `snapshots`: …/snapshots/<commit>/subfolder/filename.
+        return path, Path(path).parents[len(Path(subfolder, filename).parts) - 1].name
     except LocalEntryNotFoundError:
-        if optional:
-            return None, None
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         why = "local_files_only=True was passed" if options.get("local_files_only") else why
         failure = ConnectionError(
@@ -80,6 +81,51 @@ def find_file(name, filename, optional=False, **options):
             )
         else:
             said = type(error).__name__ if status is None else f"status {status}"
+            if isinstance(error, OSError) and error.strerror:  # a disk that is full, a cache that may not be written
+                said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
             failure = ConnectionError(f"{filename} of {name} could not be loaded ({said}). Try again later.")
     # Outside of the handlers, so that the client's error, which holds the request with its headers, is not its context.
     raise failure
+
+
+def pop_push_options(kwargs, save_directory, more=()):
+    """
+    Takes those arguments of a `save_pretrained` that are its `push_to_hub`'s.
+
+    Args:
+        kwargs (`dict`):
+            All arguments; those are removed.
+        save_directory (`str` or `os.PathLike`):
+            Its name is the repository's if no other is given.
+        more (`tuple[str]`, *optional*, defaults to `()`):
+            Arguments that only some `push_to_hub` take.
+
+    Returns:
+        `dict`: of arguments that are given, and `repo_id`.
+    """
+    options = {name: kwargs.pop(name, None) for name in (*PUSH_OPTIONS, *more)}
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"repo_id": os.path.basename(os.path.abspath(save_directory))} | given
+
+
+def pushing_module(name):
+    """
+    A module that only pushing needs. Written as a name, since transformers sends along with a tokenizer all that its files import by
+    statements, which would be a quarter more files to download and to trust, for those who never push.
+
+    Args:
+        name (`str`):
+            Of a module beside this one.
+
+    Raises:
+        `ImportError`: in a copy of this file that came with a tokenizer, which has no such module beside it.
+    """
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{name}":
+            raise
+        raise ImportError(
+            "Pushing takes rqsid, which checks what is there and writes a card: install it, load with its classes and push again. Or "
+            "save to a folder, and upload that with `hf upload`."
+        ) from None

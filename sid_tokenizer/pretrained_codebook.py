@@ -4,8 +4,8 @@ import os
 
 from transformers import PreTrainedModel
 
-from .codebook_files import read_config, read_weights
-from .hub_files import DOWNLOAD_OPTIONS
+from .codebook_files import read_config, read_entries, read_weights
+from .hub_files import DOWNLOAD_OPTIONS, pop_push_options, pushing_module
 
 # Arguments of transformers' from_pretrained that have nothing to say here.
 UNUSED = (
@@ -34,9 +34,6 @@ class PretrainedCodebook(PreTrainedModel):
             `ValueError`: if the codebooks are not fitted.
         """
         self._require_fitted()
-        # Here, since cards show diagnoses, which need a quantizer.
-        from .card_push import pop_push_options
-
         options = pop_push_options(kwargs, save_directory, more=("diagnosis",))
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
@@ -80,6 +77,9 @@ class PretrainedCodebook(PreTrainedModel):
             config, kwargs, commit = read_config(cls.config_class, name, options, kwargs)
             # From here on from one commit, even if somebody pushes meanwhile.
             options |= {} if commit is None else {"revision": commit}
+        elif str(getattr(config, "name_or_path", None)) == name:
+            # AutoModel has made it of that file, whatever stands there.
+            read_entries(cls.config_class, name, options)
         tensors = read_weights(cls, config, name, options, variant)
         loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **loading, **kwargs)
         quantizer = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -123,20 +123,20 @@ class PretrainedCodebook(PreTrainedModel):
             `CommitInfo`
 
         Raises:
-            `ValueError`: if the codebooks are not fitted, the diagnosis is of others, or as [`push_folder`].
+            `ValueError`: if the codebooks are not fitted, the diagnosis is of others, the repository holds a model of another kind, or
+                as [`push_folder`].
             `PermissionError`, `ConnectionError`: as [`push_folder`].
         """
-        from .card_push import push_saved
-        from .codebook_card import STALE, codebook_card
-
         self._require_fitted()
-        return push_saved(
+        card = pushing_module("codebook_card")
+        return pushing_module("card_push").push_saved(
             lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size),
-            lambda repo_id, folder: codebook_card(self, repo_id, diagnosis, license, tags, folder),
+            lambda repo_id, folder: card.codebook_card(self, repo_id, diagnosis, license, tags, folder),
             repo_id,
             "codebook",
+            check=card.check_repository,
             tags=tags,
             commit_message=commit_message,
-            delete_patterns=STALE,
+            delete_patterns=card.STALE,
             **options,
         )

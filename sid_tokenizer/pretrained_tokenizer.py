@@ -5,12 +5,10 @@ import os
 from transformers import PreTrainedTokenizerFast
 
 from .bundle import CATALOG_FILE, MANIFEST_FILE, read_manifest, write_bundle
-from .card_push import pop_push_options, push_saved
 from .catalog_file import note_path
 from .files import check_file
-from .hub_files import find_file
+from .hub_files import find_file, pop_push_options, pushing_module
 from .staged_save import recovered, staged_save
-from .tokenizer_card import STALE, tokenizer_card
 from .tokenizer_files import check_tokenizer_config, tokenizer_errors
 
 
@@ -95,15 +93,17 @@ class PretrainedSIDTokenizer(PreTrainedTokenizerFast):
 
         Raises:
             `ValueError`, `PermissionError`, `ConnectionError`: as [`push_folder`].
+            `ImportError`: if this is the code that came with a tokenizer.
         """
-        return push_saved(
+        card = pushing_module("tokenizer_card")
+        return pushing_module("card_push").push_saved(
             self.save_pretrained,
-            lambda repo_id, folder: tokenizer_card(self, repo_id, license, tags, folder),
+            lambda repo_id, folder: card.tokenizer_card(self, repo_id, license, tags, folder),
             repo_id,
             "tokenizer",
             tags=tags,
             commit_message=commit_message,
-            delete_patterns=STALE,
+            delete_patterns=card.STALE,
             **options,
         )
 

@@ -16,8 +16,8 @@ from .card_sections import (
     versions_section,
 )
 
-# Files that a tokenizer may have and this one may not; transformers would read those of an earlier push.
-STALE = ["sid_*.safetensors", "sid_*.json", "chat_template.*", "additional_chat_templates/*"]
+# Files that a tokenizer may have and this one may not; those of an earlier push would be read with it.
+STALE = ["sid_codebook.safetensors", "chat_template.*", "additional_chat_templates/*"]
 STALE += ["added_tokens.json", "special_tokens_map.json"]
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 from rqsid import (
     RQVAE,
@@ -26,7 +27,7 @@ from rqsid import (
     TokenPruning,
     diagnose,
 )
-from rqsid.sid_tokenizer import card_sections, codebook_files, pretrained_tokenizer
+from rqsid.sid_tokenizer import card_push, card_sections, codebook_files, pretrained_tokenizer, tokenization_sid
 from rqsid.sid_tokenizer.card_push import generated_comment
 from rqsid.sid_tokenizer.card_sections import (
     as_code,
@@ -217,6 +218,132 @@ def test_cards_of_others_keep_their_text(hub, hub_client, quantizers):
     assert card.data.tags.count("semantic-ids") == 1
 
 
+@pytest.mark.parametrize("status", [403, 429, 503])
+def test_a_card_that_cannot_be_asked_for_is_not_taken_for_none(hub, hub_client, quantizers, status):
+    quantizers["kmeans"].push_to_hub("alice/codebook")
+    hub_client.upload_file(repo_id="alice/codebook", path_in_repo="README.md", path_or_fileobj=b"# Mine")
+    commits = hub.commits("alice/codebook")
+    hub.fail(status=status, path="/resolve/.*README.md", times=None)
+    with pytest.raises(PermissionError if status == 403 else ConnectionError, match=str(status)) as caught:
+        quantizers["priced"].push_to_hub("alice/codebook")
+    assert "\n" not in str(caught.value)
+    assert hub.commits("alice/codebook") == commits
+    hub.stop_failing()
+    quantizers["priced"].push_to_hub("alice/codebook")
+    assert hub.files("alice/codebook")["README.md"] == b"# Mine"
+
+
+@pytest.mark.parametrize("when", ["while it is saved", "while it is uploaded"])
+def test_a_card_written_during_a_push_is_kept(hub, hub_client, quantizers, monkeypatch, when):
+    quantizer = quantizers["kmeans"]
+    quantizer.push_to_hub("alice/codebook")
+    written = []
+
+    def after_writing(function):
+        def call(*args, **kwargs):
+            if not written:
+                written.append(True)
+                hub_client.upload_file(repo_id="alice/codebook", path_in_repo="README.md", path_or_fileobj=b"# Mine")
+            return function(*args, **kwargs)
+
+        return call
+
+    if when == "while it is saved":
+        monkeypatch.setattr(card_push, "push_folder", after_writing(card_push.push_folder))
+    else:
+        # upload_file above makes a commit of its own, which is no part of the push.
+        create_commit = huggingface_hub.HfApi.create_commit
+        monkeypatch.setattr(
+            huggingface_hub.HfApi,
+            "create_commit",
+            lambda self, *args, **kwargs: after_writing(create_commit)(self, *args, **kwargs),
+        )
+    diagnosis = diagnose(np.zeros((3, 3), dtype=int), SIZES)
+    quantizer.push_to_hub("alice/codebook", diagnosis=diagnosis, license="mit")
+    assert written and (412 in [request.status for request in hub.requests]) == (when != "while it is saved")
+    files = hub.files("alice/codebook")
+    assert files["README.md"] == b"# Mine" and "sid_layers.png" not in files
+
+
+def test_codebooks_do_not_replace_a_model(hub, hub_client, quantizers):
+    hub_client.create_repo("alice/model")
+    for name, content in (("model-00001-of-00002.safetensors", "weights"), ("config.json", '{"model_type": "llama"}')):
+        hub_client.upload_file(repo_id="alice/model", path_in_repo=name, path_or_fileobj=content.encode())
+    before = hub.files("alice/model")
+    with pytest.raises(ValueError, match="alice/model holds a model .*model_type='llama'.* repository of their own"):
+        quantizers["kmeans"].push_to_hub("alice/model")
+    for content in (b'{"a": 1}', b"not JSON"):
+        hub_client.upload_file(repo_id="alice/model", path_in_repo="config.json", path_or_fileobj=content)
+        with pytest.raises(ValueError, match="alice/model holds a model .*model_type=None"):
+            quantizers["kmeans"].push_to_hub("alice/model")
+    assert hub.files("alice/model") == before | {"config.json": b"not JSON"}
+    quantizers["kmeans"].push_to_hub("alice/codebook")
+    quantizers["rqvae"].push_to_hub("alice/codebook")
+    assert same_parameters(RQVAE.from_pretrained("alice/codebook"), quantizers["rqvae"])
+
+
+def test_codebooks_that_are_not_there_or_cannot_be_asked_for(hub, hub_client, quantizers, tmp_path):
+    quantizers["kmeans"].push_to_hub("alice/codebook", tag="v1")
+    hub.fail(status=503, path="/resolve/.*model", times=None)
+    with pytest.raises(ConnectionError, match="model.safetensors of alice/codebook is not in the cache, and the Hub"):
+        ResidualQuantizer.from_pretrained("alice/codebook")
+    hub.stop_failing()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConnectionError, match="could not be loaded .Not a directory: .*file"):
+        ResidualQuantizer.from_pretrained("alice/codebook", cache_dir=tmp_path / "file")
+
+    # A configuration of a newer version is refused by AutoModel as well.
+    config = json.loads(hub.files("alice/codebook")["config.json"]) | {"temperature": 2}
+    hub_client.upload_file(
+        repo_id="alice/codebook", path_in_repo="config.json", path_or_fileobj=json.dumps(config).encode()
+    )
+    for load in (ResidualQuantizer.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match="config.json of alice/codebook has 'temperature', which this version"):
+            load("alice/codebook")
+    assert same_parameters(AutoModel.from_pretrained("alice/codebook", revision="v1"), quantizers["kmeans"])
+
+
+@one_base
+def test_revisions_and_subfolders_in_any_cache(hub, hub_client, make_tokenizer, base_tokenizer, quantizers, tmp_path):
+    tokenizer, changed = make_tokenizer(), make_tokenizer()
+    tokenizer.push_to_hub("alice/catalog", tag="v1")
+    changed.catalog.withdraw(["p1"])
+    changed.push_to_hub("alice/catalog")
+    # As a cache's own folders are called.
+    cache = tmp_path / "snapshots" / "today"
+    for load in (SIDTokenizer.from_pretrained, AutoTokenizer.from_pretrained):
+        assert load("alice/catalog", revision="v1", cache_dir=cache).catalog.version == 1
+        assert load("alice/catalog", cache_dir=cache).catalog.version == 2
+
+    tokenizer.save_pretrained(tmp_path / "both" / "catalog")
+    quantizers["priced"].save_pretrained(tmp_path / "both" / "codebook")
+    hub_client.create_repo("alice/both")
+    hub_client.upload_folder(repo_id="alice/both", folder_path=tmp_path / "both")
+    for name in ("alice/both", tmp_path / "both"):
+        for load in (SIDTokenizer.from_pretrained, AutoTokenizer.from_pretrained):
+            assert same_tokenizers(load(name, subfolder="catalog", cache_dir=cache), tokenizer)
+        for load in (ResidualQuantizer.from_pretrained, AutoModel.from_pretrained):
+            assert same_parameters(load(name, subfolder="codebook", cache_dir=cache), quantizers["priced"])
+
+
+@one_base
+def test_what_only_pushes_need_does_not_travel(hub, hub_client, make_tokenizer, base_tokenizer, tmp_path):
+    files = {Path(path).stem for path in get_relative_import_files(tokenization_sid.__file__)}
+    assert {"bundle", "hub_files", "pretrained_codebook"} < files
+    assert not files & {"hub", "card_push", "card_sections", "tokenizer_card", "codebook_card", "diagnosis", "figures"}
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "saved")
+    travelled = get_class_from_dynamic_module("tokenization_sid.SIDTokenizer", tmp_path / "saved")
+    assert travelled is not SIDTokenizer
+    remote = travelled.from_pretrained(tmp_path / "saved")
+    assert same_tokenizers(remote, tokenizer)
+    for push in (remote.push_to_hub, remote.quantizer.push_to_hub):
+        with pytest.raises(ImportError, match="Pushing takes rqsid, .* Or save to a folder"):
+            push("alice/catalog")
+    remote.save_pretrained(tmp_path / "again")
+    assert same_tokenizers(SIDTokenizer.from_pretrained(tmp_path / "again"), tokenizer)
+
+
 @each_base
 def test_tokenizers_go_and_come_back(hub, hub_client, make_tokenizer, base_tokenizer, quantizers):
     tokenizer = make_tokenizer()
@@ -267,11 +394,13 @@ def test_a_models_repository_keeps_its_files_and_card(hub, hub_client, make_toke
     for name, content in (("README.md", MODEL_CARD), ("model.safetensors", "weights"), ("config.json", '{"a": 1}')):
         hub_client.upload_file(repo_id="alice/model", path_in_repo=name, path_or_fileobj=content.encode())
     hub_client.upload_file(repo_id="alice/model", path_in_repo="chat_template.jinja", path_or_fileobj=b"{{ old }}")
-    hub_client.upload_file(repo_id="alice/model", path_in_repo="sid_layers.png", path_or_fileobj=b"the model's")
+    others = ("sid_layers.png", "sid_adapter.json", "sid_trie.safetensors")
+    for name in others:
+        hub_client.upload_file(repo_id="alice/model", path_in_repo=name, path_or_fileobj=b"the model's")
     before = hub.files("alice/model")
     tokenizer.push_to_hub("alice/model")
     after = hub.files("alice/model")
-    for name in ("README.md", "model.safetensors", "config.json", "sid_layers.png"):
+    for name in ("README.md", "model.safetensors", "config.json", *others):
         assert after[name] == before[name], name
     assert "chat_template.jinja" not in after  # which transformers would use
     assert same_tokenizers(SIDTokenizer.from_pretrained("alice/model"), tokenizer)

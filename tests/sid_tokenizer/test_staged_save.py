@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from rqsid import PromptTemplate, SIDTokenizer
+from rqsid.sid_tokenizer import pretrained_tokenizer
 
 linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -501,16 +502,23 @@ def test_loading_from_a_folder_and_saving_to_it(bundles, tmp_path):
     assert (folder / CATALOG).stat().st_ino != inode and load(folder) == look(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "organisation/model", "no/such/folder"])
+@pytest.mark.parametrize("name", ["gpt2", "organisation/model"])
 def test_names_that_are_no_folder_are_passed_on(monkeypatch, name):
-    passed = []
+    """With the commit of the manifest in place of the revision, and all other arguments as they are."""
+    passed, asked = [], []
     monkeypatch.setattr(
         PreTrainedTokenizerFast,
         "from_pretrained",
-        classmethod(lambda cls, *args, **kwargs: passed.append((cls, args, kwargs))),
+        classmethod(lambda cls, *args, **kwargs: passed.append((cls, args, kwargs)) or small_base()),
     )
-    SIDTokenizer.from_pretrained(name, "more", revision="main")
-    assert passed == [(SIDTokenizer, (name, "more"), {"revision": "main"})]
+    monkeypatch.setattr(
+        pretrained_tokenizer,
+        "find_file",
+        lambda *args, **kwargs: asked.append((args, kwargs)) or ("sid_manifest.json", "c" * 40),
+    )
+    SIDTokenizer.from_pretrained(name, "more", revision="main", token="hf_t")
+    assert asked == [((name, "sid_manifest.json"), {"revision": "main", "token": "hf_t"})]
+    assert passed == [(SIDTokenizer, (name, "more"), {"revision": "c" * 40, "token": "hf_t"})]
 
 
 @linux
