@@ -1,0 +1,149 @@
+"""Cells of an experiment, each computed once: one JSON line each in `<out>/<experiment>.jsonl`, whatever happens meanwhile."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
+# What a result may depend on; other files of the checkout may change without making it another.
+CODE = ("sid_tokenizer", "modeling", "trainer", "evaluate_metrics", "examples", ":!examples/study/tables.py", ":!*.md")
+
+
+def run_cells(out, experiment, cells, compute):
+    """
+    Computes the cells that `<out>/<experiment>.jsonl` lacks, one after the other, and appends a line for each.
+
+    A run that was killed goes on where it stopped: what it left of a last line is cut off. Cells that can be continued find
+    what they saved in the folder that they get; it is removed when the cell is finished.
+
+    Args:
+        out (`str` or `os.PathLike`):
+            Folder of results.
+        experiment (`str`):
+            Its name.
+        cells (iterable of `dict`):
+            Settings, JSON-able, `seed` among them. What a result depends on must be there, the data's digest included.
+        compute (`Callable`):
+            `compute(settings, checkpoint_dir)` gives the result, JSON-able.
+
+    Returns:
+        `int`: how many cells were computed; the others were there.
+
+    Raises:
+        `ValueError`: if another process computes the same experiment, a line of the file is damaged, or two cells have the
+            same settings.
+    """
+    cells = list(cells)
+    hashes = [cell_hash(settings) for settings in cells]
+    if len(set(hashes)) < len(hashes):
+        raise ValueError(f"Two cells of {experiment} have the same settings. Tell them apart by a setting.")
+    path = Path(out) / f"{experiment}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _only_process(path):
+        _repair(path)
+        finished = {line["hash"] for line in read_cells(out, experiment)}
+        missing = [(name, settings) for name, settings in zip(hashes, cells, strict=True) if name not in finished]
+        started_from = commit()  # not later: what runs is the code that was imported
+        for at, (name, settings) in enumerate(missing):
+            checkpoint_dir = Path(out) / "checkpoints" / experiment / name
+            started, cpu_started = time.perf_counter(), time.process_time()
+            result = compute(settings, checkpoint_dir)
+            line = {
+                "experiment": experiment,
+                "hash": name,
+                "settings": settings,
+                "seed": settings.get("seed"),
+                "commit": started_from,
+                "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
+                "cpu_seconds": round(time.process_time() - cpu_started, 2),
+                "seconds": round(time.perf_counter() - started, 2),
+                "result": result,
+            }
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(checkpoint_dir, ignore_errors=True)
+            print(
+                f"{experiment} {at + 1}/{len(missing)} {line['cpu_seconds']:.1f} s of CPU {_brief(settings)}",
+                flush=True,
+            )
+    return len(missing)
+
+
+def read_cells(out, experiment):
+    """
+    Returns:
+        `list[dict]`: the finished cells, in the order of their settings rather than of the run; empty if there is no file.
+
+    Raises:
+        `ValueError`: if a line is damaged, but for a last one without an end, which is that of a run in progress.
+    """
+    path = Path(out) / f"{experiment}.jsonl"
+    if not path.is_file():
+        return []
+    lines = {}
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            line = json.loads(text)
+            intact = line["hash"] == cell_hash(line["settings"])
+        except (ValueError, TypeError, KeyError):
+            intact = False
+        if not intact:
+            raise ValueError(
+                f"{path}, line {number}, is damaged or was edited. Remove the line; its cell is run again."
+            )
+        lines[line["hash"]] = line
+    return sorted(lines.values(), key=lambda line: json.dumps(line["settings"], sort_keys=True))
+
+
+def cell_hash(settings):
+    """The same for equal settings, in whatever order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def commit():
+    """The commit of this checkout, with `+changes` if code differs from it; `None` without git."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        head = git("rev-parse", "--short=10", "HEAD").strip()
+        return head + ("+changes" if git("status", "--porcelain", "--", *CODE).strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def _only_process(path):
+    with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"Another process computes {path.stem} in {path.parent}. Wait, or choose another --out."
+            ) from None
+        yield
+
+
+def _repair(path):
+    """Cuts off what a killed process left of its last line."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _brief(settings):
+    values = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    return " ".join(f"{key}={value}" for key, value in values.items())

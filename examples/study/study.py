@@ -1,0 +1,73 @@
+"""
+The study: what happens to the tokens of residual quantization, on any catalogue.
+
+    python examples/study/study.py picture --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
+    python examples/study/study.py causes --out runs/study
+    python examples/study/study.py all --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
+    python examples/study/study.py tables --out runs/study
+
+Each command goes on where an earlier one stopped: what `--out` holds of finished cells is not computed again. `tables` are
+also written at the end of every other command. See README.md for the layouts of `--data`.
+"""
+
+import argparse
+
+import causes as causes_module
+import picture as picture_module
+from catalogues import load_catalogue
+from item_embeddings import KINDS, embed
+from tables import write_tables
+from transformers.utils import logging
+
+
+def main(arguments=None):
+    args = make_parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    if args.experiment in ("picture", "all"):
+        run_picture(args)
+    if args.experiment in ("causes", "all"):
+        run_causes(args)
+    print(f"Tables: {write_tables(args.out)}")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=["picture", "causes", "all", "tables"])
+    parser.add_argument("--data", action="append", help="A folder, or completejourney; may be repeated.")
+    parser.add_argument("--out", default="runs/study", help="Folder of results.")
+    parser.add_argument(
+        "--encoder", help="A sentence-transformers model; without it there are no sentence embeddings."
+    )
+    parser.add_argument(
+        "--embeddings", choices=KINDS, action="append", help="Which; all that are possible if not given."
+    )
+    parser.add_argument("--max_seq_length", type=int, default=128, help="Tokens of a text that the encoder reads.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=None, help="Codes per layer; 64 and 256 if not given.")
+    parser.add_argument("--layers", type=int, nargs="+", default=None, help="Layers; 3 and 4 if not given.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
+    parser.add_argument("--quick", action="store_true", help="The smallest cells: a minute, and says nothing.")
+    return parser
+
+
+def run_picture(args):
+    if not args.data:
+        raise SystemExit("--data is missing: a folder of purchases and products, or completejourney.")
+    kinds = args.embeddings or [kind for kind in KINDS if args.encoder or kind != "sentence encoder"]
+    options = {"sizes": [16], "layers": [3], "seeds": [0], "epochs": 2} if args.quick else {}
+    options |= {name: getattr(args, name) for name in ("sizes", "layers", "seeds") if getattr(args, name)}
+    for data in args.data:
+        catalogue = load_catalogue(data)
+        picture_module.published(catalogue, args.out)
+        for kind in kinds:
+            embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
+            picture_module.picture(catalogue, embeddings, described, args.out, **options)
+
+
+def run_causes(args):
+    options = {"num_items": 1000, "dim": 8, "sizes": [16], "seeds": [0, 1]} if args.quick else {}
+    options |= {name: getattr(args, name) for name in ("sizes", "seeds") if getattr(args, name)}
+    causes_module.causes(args.out, **options)
+
+
+if __name__ == "__main__":
+    main()
