@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
-# What a result may depend on; other files of the checkout may change without making it another.
-CODE = ("sid_tokenizer", "modeling", "trainer", "evaluate_metrics", "examples", ":!examples/study/tables.py", ":!*.md")
+# What quantizers' results depend on; other files of the checkout may change without making them others.
+CODE = ("sid_tokenizer", "rqsid", "examples/study", "examples/quickstart", "examples/embed_products")
+NO_CODE = (":!examples/study/tables.py", ":!*.md")
 
 
-def run_cells(out, experiment, cells, compute):
+def run_cells(out, experiment, cells, compute, code=CODE):
     """
     Computes the cells that `<out>/<experiment>.jsonl` lacks, one after the other, and appends a line for each.
 
@@ -32,6 +33,8 @@ def run_cells(out, experiment, cells, compute):
             Settings, JSON-able, `seed` among them. What a result depends on must be there, the data's digest included.
         compute (`Callable`):
             `compute(settings, checkpoint_dir)` gives the result, JSON-able.
+        code (sequence of `str`, *optional*):
+            Folders of the checkout that results depend on; those of the quantizers if not given.
 
     Returns:
         `int`: how many cells were computed; the others were there.
@@ -50,7 +53,7 @@ def run_cells(out, experiment, cells, compute):
         _repair(path)
         finished = {line["hash"] for line in read_cells(out, experiment)}
         missing = [(name, settings) for name, settings in zip(hashes, cells, strict=True) if name not in finished]
-        started_from = commit()  # not later: what runs is the code that was imported
+        started_from = commit(code)  # not later: what runs is the code that was imported
         for at, (name, settings) in enumerate(missing):
             checkpoint_dir = Path(out) / "checkpoints" / experiment / name
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -109,8 +112,8 @@ def cell_hash(settings):
     return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
-def commit():
-    """The commit of this checkout, with `+changes` if code differs from it; `None` without git."""
+def commit(code=CODE):
+    """The commit of this checkout, with `+changes` if that code differs from it; `None` without git."""
     root = Path(__file__).parents[2]
 
     def git(*arguments):
@@ -118,7 +121,7 @@ def commit():
 
     try:
         head = git("rev-parse", "--short=10", "HEAD").strip()
-        return head + ("+changes" if git("status", "--porcelain", "--", *CODE).strip() else "")
+        return head + ("+changes" if git("status", "--porcelain", "--", *code, *NO_CODE).strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

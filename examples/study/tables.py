@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from balance import as_diagnosis
-from causes import explained
+from causes import LAWS, explained
 from cells import read_cells
 
 from rqsid.sid_tokenizer.figures import plot_layers
@@ -241,11 +241,13 @@ def _most_layers(cells):
 
 
 def _distinct(cells, name):
-    """Values of a setting, each once, in the order of the cells: numbers by size, since cells come sorted by their text."""
+    """Values of a setting, each once: numbers by size, inputs as they were written down, others by their text, as cells are."""
     values = []
     for cell in cells:
         if cell["settings"][name] not in values:
             values.append(cell["settings"][name])
+    if name == "law":
+        return sorted(values, key=list(LAWS).index)
     return sorted(values) if values and isinstance(values[0], int) else values
 
 
