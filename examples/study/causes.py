@@ -126,7 +126,7 @@ def compute_cause(settings, checkpoint_dir):
     points = LAWS[settings["law"]](random, settings["items"], settings["dim"], size).astype(np.float32)
     sizes = [size] * settings["layers"]
     config = ResidualQuantizerConfig(codebook_sizes=sizes, seed=settings["seed"], **INITS[settings["init"]])
-    quantizer = ResidualQuantizer(config).fit(points, checkpoint_dir=checkpoint_dir)
+    quantizer = ResidualQuantizer(config).fit(points)  # seconds: not worth a checkpoint after each pass
     codes = quantizer.encode(points)
     result = measure(codes, sizes) | {"relative_error": quantizer.relative_error(points)}
     result["residuals"] = [norm_statistics(points - points.mean(0))]

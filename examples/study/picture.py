@@ -12,6 +12,7 @@ from rqsid.sid_tokenizer.index_files import read_index
 
 SIZES, LAYERS, SEEDS = (64, 256), (3, 4), (0, 1, 2)
 QUANTIZERS, INITS = ("RQ-KMeans", "RQ-VAE"), ("random, no relocation", "relocated")
+LONG = 1e10  # products x dimensions x codes, from which on a fit is worth a checkpoint after each pass
 
 
 def picture(catalogue, embeddings, described, out, sizes=SIZES, layers=LAYERS, seeds=SEEDS, epochs=40):
@@ -68,7 +69,8 @@ def quantize(embeddings, settings, codebook_sizes, checkpoint_dir):
     if settings["quantizer"] == "RQ-KMeans":
         options = {} if relocated else {"relocation_threshold": 0}
         config = ResidualQuantizerConfig(codebook_sizes=codebook_sizes, init="random", seed=seed, **options)
-        quantizer = ResidualQuantizer(config).fit(embeddings, checkpoint_dir=checkpoint_dir)
+        is_long = embeddings.size * sum(codebook_sizes) > LONG
+        quantizer = ResidualQuantizer(config).fit(embeddings, checkpoint_dir=checkpoint_dir if is_long else None)
     else:
         options = {} if relocated else {"init": "random", "revive_threshold": 0}
         config = RQVAEConfig(codebook_sizes=codebook_sizes, num_epochs=settings["epochs"], seed=seed, **options)
