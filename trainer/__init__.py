@@ -8,7 +8,8 @@ from .prompt_checks import check_prompts
 from .prompt_datasets import push_prompts
 from .publishing import publish_run, push_metrics
 from .purchase_logs import read_purchase_log
-from .sid_trainer import SIDTrainer, rank_strings
+from .rankings import rank_strings
+from .sid_trainer import SIDTrainer
 from .tasks import mix_tasks
 from .training_args import SIDTrainingArguments
 

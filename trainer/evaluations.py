@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 
 from huggingface_hub import EvalResult
 
+from ..modeling.beam_search import default_num_beams
+from ..sid_tokenizer.card_sections import as_code
+
 METRIC = re.compile(r"(item|sid)_(recall|ndcg|mrr)(?:@(\d+))?")
 NAMES = {"recall": "Recall", "ndcg": "NDCG", "mrr": "MRR"}
 LEVELS = {"item": "Item-level", "sid": "SID-level"}
 CONFIDENCE = 0.95
+# What evaluations also log: how long they took, and what memory.
+SPEED = re.compile(r"runtime|per_second|timing|mem_|epoch")
 # How `datasets` calls what it downloaded: owner___name/config/version/commit/file.
 CACHED = re.compile(r"(?:^|/)([^/]+?)___([^/]+)/([^/]+)/[^/]+/([0-9a-f]{40})/[^/]+\.arrow$")
 
@@ -83,10 +88,13 @@ def eval_results(evaluations, dataset=None, dataset_args=None, bootstrap=0):
     Returns:
         `list[EvalResult]`: item-level metrics first, for the `model-index` of a card.
     """
-    results = []
+    results, ambiguous = [], _ambiguous(evaluations)
     for prefix, evaluation in evaluations.items():
         source = evaluation.dataset
         called = as_list(dataset)[0] if dataset else source.get("id", prefix)
+        if prefix in ambiguous:  # the Hub puts results of the same split together
+            source = source | {"split": f"{source.get('split', 'train')}, {prefix}"}
+            called = f"{called}, {prefix}"
         for level in LEVELS:
             for metric, value in evaluation.metrics.items():
                 match = METRIC.fullmatch(metric)
@@ -115,6 +123,75 @@ def eval_results(evaluations, dataset=None, dataset_args=None, bootstrap=0):
                     )
                 )
     return results
+
+
+def results_section(trainer, evaluations):
+    """
+    Args:
+        trainer ([`SIDTrainer`])
+        evaluations (`dict[str, Evaluation]`): By prefix.
+
+    Returns:
+        `str`: Markdown, from its heading on: how the catalog was ranked, and a table for each evaluation.
+    """
+    if not evaluations:
+        return "## Results\n\nThe model was not evaluated."
+    args, num_products = trainer.args, len(trainer.processing_class.catalog)
+    beams = args.eval_num_beams or default_num_beams(args.eval_top_k)
+    space = "the SID tokens and the end token" if args.eval_normalize == "sid" else "the whole vocabulary"
+    lines = ["## Results"]
+    if any(METRIC.fullmatch(name) for evaluation in evaluations.values() for name in evaluation.metrics):
+        lines += [
+            "",
+            f"The first {min(args.eval_top_k, num_products):,} of {num_products:,} products, ranked by a search with {beams} beams and "
+            f"scores normalised over {space}. Item-level metrics count the product that was bought, SID-level metrics its SID, which "
+            "other products may share.",
+        ]
+        bounds = [pair for evaluation in evaluations.values() for pair in evaluation.bounds.values()]
+        if bounds:
+            lines[-1] += f" In brackets, 95 % intervals: percentiles of {args.eval_bootstrap:,} resamples of the rows."
+        if any(low == high for low, high in bounds):
+            lines[-1] += " Where all rows have the same value, these have no width, which does not make it certain."
+    step = trainer.loaded_step if trainer.loaded_step is not None else trainer.state.global_step
+    ambiguous = _ambiguous(evaluations)
+    for prefix, evaluation in evaluations.items():
+        metrics, source = evaluation.metrics, evaluation.dataset
+        title = ", ".join(filter(None, [source["id"], source.get("split")])) if source else prefix
+        title += f", {prefix}" if prefix in ambiguous else ""
+        rows = metrics.get("num_rows")
+        said = f"{rows:,.0f} rows, after" if rows is not None else "After"
+        lines += ["", f"### {title}", "", f"{said} {evaluation.step:,} optimizer steps"]
+        lines[-1] += "." if evaluation.step == step else f"; the model here is that of step {step:,}."
+        ranked = {match: name for name in metrics if (match := METRIC.fullmatch(name))}
+        kinds = dict.fromkeys(match.group(2, 3) for match in ranked)
+        if kinds:
+            lines += ["", "| metric | item-level | SID-level |", "|---|---|---|"]
+        for kind, cutoff in kinds:
+            suffix = kind + (f"@{cutoff}" if cutoff else "")
+            cells = [_cell(evaluation, f"{level}_{suffix}") for level in LEVELS]
+            lines.append(f"| {NAMES[kind]}{f'@{cutoff}' if cutoff else ''} | {' | '.join(cells)} |")
+        others = [
+            name for name in sorted(set(metrics) - set(ranked.values()) - {"num_rows"}) if not SPEED.search(name)
+        ]
+        others = {name: cell for name in others if (cell := _cell(evaluation, name))}
+        if others:
+            lines += ["", "| | |", "|---|---|"]
+            lines += [f"| {as_code(name)} | {cell} |" for name, cell in others.items()]
+    return "\n".join(lines)
+
+
+def _cell(evaluation, name):
+    value = evaluation.metrics.get(name)
+    if not isinstance(value, int | float):
+        return ""
+    low_high = evaluation.bounds.get(name)
+    return f"{value:.4f}" + (f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else "")
+
+
+def _ambiguous(evaluations):
+    """Prefixes of evaluations on parts of one split, as a filter makes them."""
+    places = [sorted(evaluation.dataset.items()) for evaluation in evaluations.values()]
+    return {prefix for prefix, place in zip(evaluations, places, strict=True) if place and places.count(place) > 1}
 
 
 def hub_dataset(dataset):

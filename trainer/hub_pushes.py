@@ -4,7 +4,9 @@ import fnmatch
 import os
 import re
 import shutil
+import threading
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from .model_card import is_generated, keep_text, model_card, name_codebook, publ
 
 logger = logging.get_logger(__name__)
 
+# Those that may have pushes to finish when the process ends.
+EXECUTORS = weakref.WeakSet()
 # What only a training that goes on needs, by the first part of its path: files of Trainer, DeepSpeed and FSDP. Most are pickles,
 # also where their names do not say so.
 RESUMED_FROM = (
@@ -48,6 +52,32 @@ REPLACED = [
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "training_args.bin", ARGUMENTS),
     *("sid_manifest.json", "sid_codebook.safetensors", "sid_catalog.safetensors", "sid_prompt.json"),
 ]
+
+
+def make_codebook_repo(trainer, token, private):
+    """
+    Makes the repository of `hub_codebook_id`, so that it is known before training whether the token may do that.
+
+    Args:
+        trainer ([`SIDTrainer`]):
+            The trainer, whose model has its repository. Its `hub_codebook_id` becomes the full name.
+        token, private:
+            As in [`SIDTrainer.init_hf_repo`].
+
+    Raises:
+        `ValueError`: if it is the model's repository.
+        `PermissionError`, `ConnectionError`: as [`~rqsid.sid_tokenizer.hub.push_folder`].
+    """
+    repo_id = trainer.args.hub_codebook_id
+    private = private if private is not None else trainer.args.hub_private_repo
+    with hub_errors(repo_id, token):
+        repo_id = HfApi(token=token, library_name="rqsid").create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if repo_id == trainer.hub_model_id:
+        raise ValueError(
+            f"hub_codebook_id={trainer.args.hub_codebook_id!r} is {repo_id}, the model's repository. The codebook's is one of its own; "
+            "the model's holds it too, as part of the tokenizer."
+        )
+    trainer.hub_codebook_id = repo_id
 
 
 def push_checkpoint(trainer, checkpoint):
@@ -83,7 +113,7 @@ def push_checkpoint(trainer, checkpoint):
             os.makedirs(snapshot)
             _link([name for name in list_files(checkpoint) if _is_published(name)], checkpoint, snapshot)
         _check_weights(snapshot)
-        _hide_paths(snapshot)
+        hide_paths(snapshot)
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if is_last else os.path.basename(checkpoint)
@@ -129,7 +159,7 @@ def push_model(trainer, commit_message, blocking, token, revision, private, tag,
     try:
         trainer._finish_current_push()
         _check_weights(snapshot)
-        _hide_paths(snapshot)
+        hide_paths(snapshot)
         trainer.create_model_card(**card_options)
         card = ModelCard.load(os.path.join(args.output_dir, CARD_FILE))
         if os.path.exists(os.path.join(args.output_dir, FIGURE_FILE)):
@@ -153,13 +183,13 @@ def push_model(trainer, commit_message, blocking, token, revision, private, tag,
 
 
 def _push(trainer, snapshot, card, card_options, in_background, token, private, **options):
-    repo_id, codebook_id = trainer.hub_model_id, trainer.args.hub_codebook_id
+    repo_id, codebook_id = trainer.hub_model_id, trainer.hub_codebook_id
     tokenizer, pushed = trainer.processing_class, trainer.pushed_codebooks
     diagnosis = diagnose_catalog(tokenizer.catalog, tokenizer.cache) if codebook_id is not None else None
 
     def push():
         try:
-            published = _card_to_publish(card, card_options, repo_id, options["revision"], token)
+            published = card_to_publish(card, card_options, repo_id, options["revision"], token)
             if codebook_id is not None:
                 # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them.
                 if codebook_id not in pushed:
@@ -187,6 +217,7 @@ def _push(trainer, snapshot, card, card_options, in_background, token, private, 
     if trainer.push_executor is None:
         # One thread, so that commits follow each other as the states did.
         trainer.push_executor = ThreadPoolExecutor(1, thread_name_prefix="push")
+        EXECUTORS.add(trainer.push_executor)
     future = trainer.push_executor.submit(push)
     if _is_busy(trainer):
         trainer.push_in_progress.jobs.append(future)
@@ -195,8 +226,36 @@ def _push(trainer, snapshot, card, card_options, in_background, token, private, 
     return future
 
 
-def _card_to_publish(card, options, repo_id, revision, token):
-    """The card, or the one in the repository, if somebody has made that their own there."""
+def _finish_pushes():
+    for executor in list(EXECUTORS):
+        executor.shutdown()
+
+
+# When a process ends, Python closes all pools of threads before it waits for the threads in them, and the client could upload no
+# more. There is no public hook that runs before; atexit's run after.
+threading._register_atexit(_finish_pushes)
+
+
+def card_to_publish(card, options, repo_id, revision, token):
+    """
+    The card that goes to a repository: the one that is there, with new metadata, if somebody has made it their own there.
+
+    Args:
+        card (`ModelCard`):
+            What was made of the run. If it is written anew by every push, it gets what it does not say of license and language
+            from the one that is there.
+        options (`dict`):
+            Arguments of [`model_card`] that were given, which count more.
+        repo_id, revision, token:
+            The repository, its branch, and a token.
+
+    Returns:
+        `ModelCard`
+
+    Raises:
+        `ValueError`: if the metadata there cannot be read.
+        `PermissionError`, `ConnectionError`: as [`~rqsid.sid_tokenizer.hub.push_folder`].
+    """
     if not is_generated(card):
         return card
     with hub_errors(repo_id, token):
@@ -207,7 +266,15 @@ def _card_to_publish(card, options, repo_id, revision, token):
         raise ValueError(
             f"The card in {repo_id} has metadata that cannot be read ({_one_line(error)}). Mend it there, or delete it."
         ) from None
-    return card if theirs is None or is_generated(theirs) else keep_text(theirs, card.data, options)
+    if theirs is None:
+        return card
+    if not is_generated(theirs):
+        return keep_text(theirs, card.data, options)
+    kept = [] if card.data.license else ["license", "license_name", "license_link"]
+    for name in kept + ([] if card.data.language else ["language"]):
+        if theirs.data.get(name) is not None:
+            card.data[name] = theirs.data[name]
+    return card
 
 
 def _save_for_push(trainer):
@@ -234,7 +301,7 @@ def _link_checkpoint(checkpoint, snapshot, folder_name, with_optimizer):
     others = [TRAINER_STATE, *(name for name in list_files(checkpoint) if with_optimizer and _is_resumed_from(name))]
     _link(model, snapshot, folder)
     _link(others, checkpoint, folder)
-    _hide_paths(folder)
+    hide_paths(folder)
     manifest = read_json(os.path.join(checkpoint, MANIFEST))
     manifest["files"] = {name: os.path.getsize(os.path.join(folder, name)) for name in [*model, *others]}
     write_json(os.path.join(folder, MANIFEST), manifest)
@@ -268,15 +335,16 @@ def _check_weights(folder):
         )
 
 
-def _hide_paths(folder):
-    """Rewrites the files that name folders of this machine, which nobody else can use, and which are nobody's business."""
+def hide_paths(folder):
+    """
+    Rewrites the files that name folders of this machine, which nobody else can use, and which are nobody's business.
+
+    Args:
+        folder (`str`): What is to be published.
+    """
     path = os.path.join(folder, ARGUMENTS)
     if os.path.isfile(path):
-        arguments = read_json(path)
-        for name, value in arguments.items():
-            if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
-                arguments[name] = os.path.basename(os.path.normpath(value))
-        write_json(path, arguments)
+        write_json(path, _without_paths(read_json(path)))
     path = os.path.join(folder, "adapter_config.json")
     if os.path.isfile(path):
         adapter = read_json(path)
@@ -288,6 +356,16 @@ def _hide_paths(folder):
         if state.get("best_model_checkpoint"):
             state["best_model_checkpoint"] = os.path.basename(state["best_model_checkpoint"])
         write_json(path, state)
+
+
+def _without_paths(value):
+    if isinstance(value, dict):
+        return {name: _without_paths(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+        return os.path.basename(os.path.normpath(value))
+    return value
 
 
 def _is_busy(trainer):

@@ -1,8 +1,8 @@
 """Model cards written from the run: what was trained on what, how well it ranks, and how to use it."""
 
+import json
 import os
-import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from enum import Enum
 
 import torch
@@ -23,7 +23,7 @@ from ..sid_tokenizer.card_sections import (
     versions_section,
 )
 from ..sid_tokenizer.files import replace_atomically
-from .evaluations import LEVELS, METRIC, NAMES, as_list, eval_results, hub_dataset, last_evaluations
+from .evaluations import as_list, eval_results, hub_dataset, last_evaluations, results_section
 from .launching import describe_training
 from .lora import REPO_ID
 
@@ -32,17 +32,21 @@ logger = logging.get_logger(__name__)
 MARK = generated_comment("model")
 # Where the codebook's commit will stand, which is known when it has been pushed.
 CODEBOOK_MARK = "<!-- codebook -->"
+PIPELINE = "As a pipeline:\n\n```python\nimport rqsid\nfrom transformers import pipeline\n"
 TAGS = ["rqsid", "semantic-ids", "generative-retrieval", "recommendation"]
 # Arguments of a card, and what they are in its metadata.
 TOLD = {"language": "language", "license": "license", "model_name": "model_name", "finetuned_from": "base_model"}
 TOLD |= {"tasks": "pipeline_tag", "dataset_tags": "datasets"}
-LIBRARIES = ("rqsid", "transformers", "tokenizers", "torch", "accelerate", "datasets", "peft", "deepspeed")
-# Arguments that say where and how often something is written, not what was trained; those of `hub_` and `push_` as well.
-UNTOLD = re.compile(
-    r"(hub|push|log|logging|report|save|load|resume|restore|disable|do|trackio|project|run|include|output|dataloader|skip|ddp)"
-    r"(_.*)?|use_cpu|deepspeed|fsdp.*|accelerator_config|label_names|remove_unused_columns|eval_(on_start|delay|bootstrap|normalize)"
-    r"|.*_token|local_rank|debug|dataset_num_proc"
-)
+LIBRARIES = ("rqsid", "transformers", "tokenizers", "torch", "accelerate", "datasets")
+# Arguments that make a training what it is. Not what else there is: others say where and how often something is written, and
+# may hold paths, names and tokens.
+ALWAYS_TOLD = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm")
+ALWAYS_TOLD += ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed")
+TOLD_IF_SET = ("lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "neftune_noise_alpha")
+TOLD_IF_SET += ("label_smoothing_factor", "loss_type", "loss_gamma", "loss_normalize", "init_sid_rows", "packing")
+TOLD_IF_SET += ("bf16", "fp16", "tf32", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "data_seed")
+TOLD_IF_SET += ("train_sampling_strategy", "auto_find_batch_size", "load_best_model_at_end", "metric_for_best_model")
+ADAPTER_OPTIONS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
 
 
 def write_model_card(trainer, *args, **kwargs):
@@ -135,18 +139,19 @@ def model_card(
     if existing is not None and not is_generated(existing):
         options = {"language": language, "license": license, "finetuned_from": finetuned_from, "tasks": tasks}
         return keep_text(existing, data, options | {"dataset_tags": dataset_tags, "model_name": model_name})
+    libraries = [*LIBRARIES, *["peft"] * is_adapter, *["deepspeed"] * trainer.is_deepspeed_enabled]
     sections = [
         MARK,
         f"# {name}",
         _introduction(trainer, base, is_adapter, datasets, dataset),
         _usage(trainer, repo_id, base, is_adapter),
-        _results(trainer, evaluations),
+        results_section(trainer, evaluations),
         layout_section(tokenizer),
         CODEBOOK_MARK if args.hub_codebook_id is not None else "",
         "" if diagnosis is None else diagnosis_section(diagnosis, figure),
-        _training(trainer),
+        _training(trainer, is_adapter),
         _checkpoints(args),
-        versions_section(library_versions(LIBRARIES)),
+        versions_section(library_versions(libraries)),
         citation_section(),
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -285,13 +290,8 @@ def _usage(trainer, repo_id, base, is_adapter):
     if is_adapter and not base:
         lines += ["", "`base_model` is the model that the adapter was trained on, which is not on the Hub."]
     if not is_adapter:
-        lines += ["", "As a pipeline:", "", "```python", "import rqsid", "from transformers import pipeline", ""]
-        lines += [f'retrieve = pipeline("sid-retrieval", model="{repo_id}")']
-        lines += [f"retrieve({example}, {options})", "```", ""]
-        lines += [
-            "Where this repository holds the pipeline's code, the same without rqsid: "
-            f'`pipeline("sid-retrieval", model="{repo_id}", trust_remote_code=True)`.'
-        ]
+        lines += ["", PIPELINE, f'retrieve = pipeline("sid-retrieval", model="{repo_id}")']
+        lines += [f"retrieve({example}, {options})", "```"]
     return "\n".join(lines)
 
 
@@ -305,98 +305,63 @@ def _example(tokenizer):
     return example | dict.fromkeys(texts, "…")
 
 
-def _results(trainer, evaluations):
-    if not evaluations:
-        return "## Results\n\nThe model was not evaluated."
-    args, catalog = trainer.args, trainer.processing_class.catalog
-    beams = args.eval_num_beams or "the default number of"
-    space = "the SID tokens and the end token" if args.eval_normalize == "sid" else "the whole vocabulary"
-    intervals = any(evaluation.bounds for evaluation in evaluations.values())
-    lines = [
-        "## Results",
-        "",
-        f"The first {args.eval_top_k} of {len(catalog):,} products, ranked by a search with {beams} beams and scores normalised over "
-        f"{space}. Item-level metrics count the product that was bought, SID-level metrics its SID, which other products may share."
-        + (
-            f" In brackets, 95 % intervals: percentiles of {args.eval_bootstrap:,} resamples of the rows."
-            if intervals
-            else ""
-        ),
-    ]
-    step = trainer.loaded_step if trainer.loaded_step is not None else trainer.state.global_step
-    for prefix, evaluation in evaluations.items():
-        metrics, source = evaluation.metrics, evaluation.dataset
-        title = f"{source['id']}, {source.get('split', '')}".rstrip(", ") if source else prefix
-        rows = metrics.get("num_rows")
-        said = f"{rows:,.0f} rows, " if rows is not None else ""
-        lines += ["", f"### {title}", "", f"{said}after {evaluation.step:,} optimizer steps"]
-        lines[-1] += "." if evaluation.step == step else f"; the model here is that of step {step:,}."
-        ranked = {match: name for name in metrics if (match := METRIC.fullmatch(name))}
-        kinds = dict.fromkeys(match.group(2, 3) for match in ranked)
-        if kinds:
-            lines += ["", "| metric | item-level | SID-level |", "|---|---|---|"]
-        for kind, cutoff in kinds:
-            suffix = kind + (f"@{cutoff}" if cutoff else "")
-            cells = [_cell(evaluation, f"{level}_{suffix}") for level in LEVELS]
-            lines.append(f"| {NAMES[kind]}{f'@{cutoff}' if cutoff else ''} | {' | '.join(cells)} |")
-        others = set(metrics) - set(ranked.values()) - {"num_rows"}
-        others = sorted(name for name in others if not re.search(r"runtime|per_second|timing|mem_|epoch", name))
-        if others:
-            lines += ["", "| | |", "|---|---|"]
-            lines += [f"| {name} | {_cell(evaluation, name)} |" for name in others]
-    return "\n".join(lines)
-
-
-def _cell(evaluation, name):
-    value = evaluation.metrics.get(name)
-    if not isinstance(value, int | float):
-        return ""
-    low_high = evaluation.bounds.get(name)
-    return f"{value:.4f}" + (f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else "")
-
-
-def _training(trainer):
+def _training(trainer, is_adapter):
     args, state = trainer.args, trainer.state
     lines = ["## Training", ""]
     step = trainer.loaded_step if trainer.loaded_step is not None else state.global_step
     if step == 0:
         lines += ["This model was not trained here."]
     else:
-        on = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-        lines += [f"{describe_training(trainer)} The first process ran on {on}."]
+        lines += [describe_training(trainer)]
+        if args.device.type == "cuda":
+            lines[-1] += f" The first process ran on {torch.cuda.get_device_name(args.device)}."
         lines[-1] += f" Published is the model after {step:,} of {state.max_steps:,} optimizer steps"
-        lines[-1] += f" ({state.epoch:.2f} epochs trained)." if state.epoch is not None else "."
+        if trainer.loaded_step is not None:
+            lines[-1] += f", the best of those evaluated by {as_code(args.metric_for_best_model)}"
+            lines[-1] += f"; {state.global_step:,} steps were trained"
+        lines[-1] += f" ({state.epoch:.2f} epochs)." if state.epoch is not None else "."
         seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
         if seconds:
-            lines[-1] += f" Training took {_duration(seconds[-1])}."
+            lines[-1] += f" Training took {_duration(seconds[-1])}"
+            lines[-1] += ", counted from where it was resumed." if trainer.is_resumed else "."
         emissions = _emissions(trainer)
         if emissions:
             lines[-1] += f" It emitted {emissions['emissions']:,.1f} g of CO2 equivalents, as CodeCarbon measured."
-    told = _told_arguments(args)
-    if told:
-        lines += ["", "Arguments that differ from their defaults:", "", "| argument | value |", "|---|---|"]
-        lines += [f"| {name} | {as_code(value)} |" for name, value in sorted(told.items())]
+    if is_adapter:
+        lines += ["", _adapter(trainer.accelerator.unwrap_model(trainer.model).active_peft_config)]
+    lines += ["", "| argument | value |", "|---|---|"]
+    lines += [f"| {name} | {as_code(value)} |" for name, value in _told_arguments(trainer).items()]
     return "\n".join(lines)
+
+
+def _adapter(config):
+    modules = config.target_modules
+    modules = [modules] if isinstance(modules, str) else sorted(modules or ())
+    options = {name: getattr(config, name, None) for name in ADAPTER_OPTIONS}
+    options = [
+        f"{name} {as_code(value)}" for name, value in options.items() if value is not None and value is not False
+    ]
+    return f"The adapter: {', '.join(options)}; on {', '.join(map(as_code, modules))}."
 
 
 def _duration(seconds):
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.1f} seconds"
 
 
-def _told_arguments(args):
-    told = {}
-    for entry in fields(args):
-        value = getattr(args, entry.name)
-        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        value, default = (part.value if isinstance(part, Enum) else part for part in (value, default))
-        if UNTOLD.fullmatch(entry.name) or not entry.init or value == default or (value is False and default is None):
-            continue
-        # Texts may be paths, and mappings hold anything.
-        if isinstance(value, bool | int | float) or (isinstance(value, str) and not re.search(r"[/\\]", value)):
-            told[entry.name] = value
+def _told_arguments(trainer):
+    args, told = trainer.args, {}
+    defaults = {entry.name: entry.default for entry in fields(args)}
+    for name in (*ALWAYS_TOLD, *TOLD_IF_SET):
+        value = getattr(args, name, None)
+        value = value.value if isinstance(value, Enum) else value
+        if name in ALWAYS_TOLD or value != defaults.get(name) and value:
+            told[name] = json.dumps(value) if isinstance(value, dict) else value
+    told.pop("max_steps" if args.max_steps <= 0 else "num_train_epochs")
+    if trainer.max_prompt_length is not None:  # which may be what the model's context leaves
+        told["max_prompt_length"] = trainer.max_prompt_length
     return told
 
 

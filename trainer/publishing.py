@@ -14,7 +14,7 @@ from ..sid_tokenizer.card_sections import diagnose_catalog
 from ..sid_tokenizer.files import replace_atomically
 from ..sid_tokenizer.hub import hub_errors, push_folder
 from ..sid_tokenizer.staged_save import recovered
-from .hub_pushes import REPLACED, _card_to_publish
+from .hub_pushes import REPLACED, card_to_publish
 from .model_card import name_codebook
 from .run_card import finish_card
 from .run_folder import read_run, stage_run
@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 # What an earlier push may have left, of trainers or of this, and would be loaded.
 STALE = [*REPLACED, "pipeline.py", "custom_generate/*"]
+SAME = "{} cannot be the repository of the model and of the codebooks. Name another."
 NOTES = {
     "model": "The model, with its tokenizer, its catalog and the code of its search.",
     "adapter": "The adapter, with its tokenizer and its catalog.",
@@ -102,7 +103,7 @@ def publish_run(
     for name in filter(None, (model_id, codebook_id)):
         validate_repo_id(name)
     if codebook_id == model_id:
-        raise ValueError(f"{model_id} cannot be the repository of the model and of the codebooks. Name another.")
+        raise ValueError(SAME.format(model_id))
     if collection is not None and not collection.strip():
         raise ValueError("collection is an empty title. Give it one, or leave it out.")
     options = {"private": private, "token": token}
@@ -114,15 +115,16 @@ def publish_run(
             raise ValueError(
                 f"codebook_id={codebook_id!r}, but the tokenizer in {folder} has no quantizer, as its SIDs were imported. Leave it out."
             )
-        with hub_errors(model_id, token):
-            # Before anything is uploaded: this says what the token may do, and the model's full name.
-            model_id = (
-                HfApi(token=token, library_name="rqsid").create_repo(model_id, private=private, exist_ok=True).repo_id
-            )
+        # Before anything is uploaded: this says what the token may do, and full names.
+        model_id = _make(model_id, **options)
+        if codebook_id is not None:
+            codebook_id = _make(codebook_id, **options)
+            if codebook_id == model_id:
+                raise ValueError(SAME.format(model_id))
         namespace = model_id.split("/")[0]
         stage_run(run, staging, model_id)
         card = finish_card(run, staging, model_id, license)
-        card = _card_to_publish(card, {"license": license}, model_id, revision, token)
+        card = card_to_publish(card, {"license": license}, model_id, revision, token)
         with hub_errors(model_id, token):
             card.validate()
 
@@ -132,7 +134,7 @@ def publish_run(
                 codebook_id, **options, **branch, license=license, diagnosis=diagnosis
             )
             published["codebook"] = _entry(commit)
-            name_codebook(card, published["codebook"]["id"], commit.oid)
+            name_codebook(card, codebook_id, commit.oid)
         if metrics:
             published |= push_metrics(space_namespace or namespace, **options)
         with replace_atomically(os.path.join(staging, CARD_FILE)) as temporary:
@@ -186,6 +188,11 @@ def push_metrics(namespace, names=MODULES, *, private=None, token=None, commit_m
         )
         for name, folder in folders.items()
     }
+
+
+def _make(repo_id, private, token):
+    with hub_errors(repo_id, token):
+        return HfApi(token=token, library_name="rqsid").create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def _entry(commit):

@@ -17,12 +17,14 @@ from ..sid_tokenizer.card_sections import (
     versions_section,
 )
 from .evaluations import as_list
-from .model_card import CODEBOOK_MARK, MARK, TAGS, is_generated, public_id
+from .model_card import CODEBOOK_MARK, MARK, PIPELINE, TAGS, is_generated, public_id
 
 logger = logging.get_logger(__name__)
 
 # Where the trainer's card says what it is called, and how it is loaded.
 OWN_NAME = re.compile(r'SIDTokenizer\.from_pretrained\("([^"]+)"\)')
+PIPELINE_BESIDE = PIPELINE.replace("pipeline:", "pipeline, whose code lies beside the model, also without rqsid:")
+PIPELINE_BESIDE = PIPELINE_BESIDE.replace("import rqsid\n", "")
 
 
 def finish_card(run, folder, model_id, license=None):
@@ -75,6 +77,7 @@ def _rename(card, model_id):
         card.text = card.text.replace(f'"{found[1]}"', f'"{model_id}"')
         card.text = card.text.replace(f"# {found[1].split('/')[-1]}\n", f"# {name}\n", 1)
         card.data.model_name = name
+    card.text = card.text.replace(PIPELINE, PIPELINE_BESIDE, 1)
     # transformers asks for trust where a model brings a pipeline, also if the same is installed.
     line = f'pipeline("sid-retrieval", model="{model_id}"'
     card.text = card.text.replace(f"{line})", f"{line}, trust_remote_code=True)")

@@ -16,7 +16,7 @@ from ..sid_tokenizer.bundle import MANIFEST_FILE, read_manifest
 from ..sid_tokenizer.files import read_json, replace_atomically
 from ..sid_tokenizer.tokenization_sid import SIDTokenizer
 from .checkpoints import ARGUMENTS
-from .hub_pushes import _hide_paths
+from .hub_pushes import hide_paths
 from .lora import ADAPTER_FILE
 from .model_card import public_id
 
@@ -117,7 +117,7 @@ def stage_run(run, staging, model_id):
     for name in ("config.json", "tokenizer_config.json"):
         if name in run.files:
             _forget_origin(os.path.join(staging, name))
-    _hide_paths(staging)
+    hide_paths(staging)
     if not run.is_adapter:
         save_custom_generate(staging, model_id)
         save_pipeline_code(staging)

@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import os
-import re
 
 import evaluate
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
@@ -28,13 +26,14 @@ from .checkpoints import (
 )
 from .collator import IGNORED, SIDDataCollator, split_prompts
 from .evaluations import Evaluation, hub_dataset, split_bounds
-from .hub_pushes import push_checkpoint, push_model
+from .hub_pushes import make_codebook_repo, push_checkpoint, push_model
 from .launching import check_launch, describe_training
 from .lora import add_lora, check_lora, save_lora
 from .losses import SIDVocabulary, answer_loss, token_losses
 from .model_card import write_model_card
 from .packing import check_packing
 from .preparation import prepare_dataset
+from .rankings import check_best_metric, rank_strings, recall_cutoffs
 from .training_args import SIDTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -151,10 +150,11 @@ class SIDTrainer(Trainer):
         }
         self._head, self._is_evaluating = None, False
         self._metric, self._bounds = None, {}
-        # What the model card reports: [`Evaluation`]s by prefix of their metrics and by step, and at which step the model was what it
-        # is, if not at the last.
-        self.evaluations, self.loaded_step = {}, None
-        # On one process only, but asked for on all.
+        # What the model card reports: [`Evaluation`]s by prefix of their metrics and by step; at which step the model was what it is,
+        # if not at the last; and whether training began with a checkpoint.
+        self.evaluations, self.loaded_step, self.is_resumed = {}, None, False
+        # On one process only, but asked for on all. The codebook's repository has its full name when it has been made.
+        self.hub_codebook_id = None
         self.push_in_progress, self.push_executor, self.pushed_codebooks = None, None, {}
 
         train_dataset = self._prepare(train_dataset, "train", processing_class, args, training=True)
@@ -179,7 +179,7 @@ class SIDTrainer(Trainer):
             **kwargs,
         )
         if compute_metrics is None and not isinstance(eval_dataset, dict):
-            _check_best_metric(args)
+            check_best_metric(args)
         # compute_loss takes the labels as they are, and divides by their number whatever the model's own loss can do.
         self._loss_shifts_labels, self.model_accepts_loss_kwargs = False, True
         halves = {weight.dtype for weight in self.model.parameters() if weight.requires_grad and weight.itemsize < 4}
@@ -208,7 +208,7 @@ class SIDTrainer(Trainer):
         """
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         self._finish_current_push()
-        self.evaluations, self.loaded_step = {}, None
+        self.evaluations, self.loaded_step, self.is_resumed = {}, None, resume_from_checkpoint is not None
         remove_unfinished(self.args.output_dir, self.args.should_save)
         # transformers 5.23 marks a model that was evaluated first as prepared, and would then train it without DDP, each
         # process on its own.
@@ -280,16 +280,19 @@ class SIDTrainer(Trainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        self.loaded_step = self.state.best_global_step
+        if os.path.isdir(self.state.best_model_checkpoint):  # else Trainer has said that nothing was loaded
+            self.loaded_step = self.state.best_global_step
 
     def _push_from_checkpoint(self, checkpoint_folder):
         push_checkpoint(self, checkpoint_folder)
 
     def init_hf_repo(self, token=None, private=None):
-        """As `Trainer.init_hf_repo`, with errors of one line."""
+        """As `Trainer.init_hf_repo`, with errors of one line; makes `hub_codebook_id`, too."""
         token = token if token is not None else self.args.hub_token
         with hub_errors(self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)), token):
             super().init_hf_repo(token, private)
+        if self.args.hub_codebook_id is not None and self.is_world_process_zero():
+            make_codebook_repo(self, token, private)
 
     def push_to_hub(
         self,
@@ -511,59 +514,10 @@ class SIDTrainer(Trainer):
         if self._metric is None:
             self._metric = evaluate.load(metric_path("sid_retrieval"), keep_in_memory=True)
         rankings = rank_strings(*eval_prediction.predictions, eval_prediction.label_ids, self.processing_class)
-        kwargs.setdefault("ks", _recall_cutoffs(self.args))
+        kwargs.setdefault("ks", recall_cutoffs(self.args))
         kwargs.setdefault("ndcg_ks", [min(10, self.args.eval_top_k)])
         groups = [""] * len(eval_prediction.label_ids) if groups is None else list(groups)
         return self._metric.compute(**rankings, groups=groups, **kwargs)
-
-
-def rank_strings(product_rows, sid_rows, label_rows, tokenizer):
-    """
-    Turns rows of the catalog into the strings that the `sid_retrieval` metric compares.
-
-    Args:
-        product_rows, sid_rows (`np.ndarray`): Shape: (N, k). Ranked, -1 where a list ends.
-        label_rows (`np.ndarray`): Shape: (N,). The product rows bought.
-        tokenizer ([`SIDTokenizer`]):
-            For its catalog.
-
-    Returns:
-        `dict[str, list]`: `predictions`, `references`, `sid_predictions` and `sid_references`.
-    """
-    catalog = tokenizer.catalog
-    label_rows = np.asarray(label_rows)
-    return {
-        "predictions": _strings_of(product_rows, catalog.product_ids),
-        "references": catalog.product_ids(label_rows),
-        "sid_predictions": _strings_of(sid_rows, tokenizer.sid_strings),
-        "sid_references": tokenizer.sid_strings(catalog.sid_rows(label_rows)),
-    }
-
-
-def _strings_of(rows, name):
-    rows = np.asarray(rows)
-    # Each distinct row is spelled once; the same products are ranked for many prompts.
-    unique, inverse = np.unique(rows[rows >= 0], return_inverse=True)
-    strings = np.array(name(unique), dtype=object)[inverse]
-    return [list(part) for part in np.split(strings, np.cumsum((rows >= 0).sum(1))[:-1])]
-
-
-def _check_best_metric(args):
-    """Trainer would look for the metric after the first evaluation, and before the first checkpoint is saved."""
-    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    found = re.fullmatch(r"(item_|sid_)?(recall|ndcg|mrr)(?:@(\d+))?", name)
-    cutoffs = {"recall": _recall_cutoffs(args), "ndcg": [min(10, args.eval_top_k)], "mrr": [None]}
-    if found is None or (found[1] and (int(found[3]) if found[3] else None) in cutoffs[found[2]]):
-        return
-    known = [f"item_{kind}" + (f"@{k}" if k else "") for kind, ks in cutoffs.items() for k in ks]
-    raise ValueError(
-        f"metric_for_best_model={args.metric_for_best_model!r} is not computed with eval_top_k={args.eval_top_k}. There are "
-        f"{', '.join(known)}, the same with sid_ in front, and loss."
-    )
-
-
-def _recall_cutoffs(args):
-    return [k for k in (1, 10, 50) if k <= args.eval_top_k]
 
 
 def _max_prompt_length(args, model, tokenizer):

@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from rqsid import search
 from rqsid.trainer.evaluations import hub_dataset, split_bounds
+from rqsid.trainer.hub_pushes import hide_paths
 
 families = pytest.mark.parametrize(
     "base_tokenizer, make_tiny_model",
@@ -54,7 +56,9 @@ def run_code(card, number):
 @families
 def test_the_card_of_a_run(make, hub_client, tokenizer, tmp_path):
     validation = {"warm": Dataset.from_list(make_purchases(9, 1)), "cold": Dataset.from_list(make_purchases(5, 2))}
-    trainer = make(evaluation=validation, eval_strategy="epoch", warmup_steps=1, hub_token="hf_secretsecret")
+    args = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.4}, "warmup_steps": 1}
+    args |= {"loss_type": "focal", "loss_gamma": 2.0, "run_name": "carol's run", "hub_token": "hf_secretsecret"}
+    trainer = make(evaluation=validation, eval_strategy="epoch", **args)
     trainer.train()
     trainer.predict(make_purchases(7, seed=3))
     trainer.push_to_hub(token=True, language="en", license="apache-2.0", tags=["shop"], finetuned_from="org/base")
@@ -90,9 +94,16 @@ def test_the_card_of_a_run(make, hub_client, tokenizer, tmp_path):
     assert "ranks the 40 products of its catalog" in card.text and "The 3 most frequent codes of layer b" in card.text
     assert "![Codes of each layer by frequency](sid_layers.png)" in card.text and "Hourglass score" in card.text
     assert "Training on 1 process with no engine" in card.text and "2 of 2 optimizer steps" in card.text
-    assert "| learning_rate | `0.005` |" in card.text and "| warmup_steps | `1` |" in card.text
+    assert "with 50 beams" in card.text and "Training took" in card.text and "resumed" not in card.text
+    table = dict(re.findall(r"^\| (\w+) \| `(.*)` \|$", card.text.split("| argument |")[1].split("\n\n")[0], re.M))
+    assert table == {
+        **{"learning_rate": "0.005", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": 0.4}'},
+        **{"warmup_steps": "1", "weight_decay": "0.0", "optim": trainer.args.optim.value, "max_grad_norm": "1.0"},
+        **{"per_device_train_batch_size": "4", "gradient_accumulation_steps": "1", "max_steps": "2", "seed": "42"},
+        **{"max_prompt_length": str(trainer.max_prompt_length), "loss_type": "focal", "loss_gamma": "2.0"},
+    }
     assert "- transformers 5." in card.text and "@inproceedings{kuai-etal-2024-breaking" in card.text
-    assert str(tmp_path) not in str(card) and "hf_secret" not in str(card)
+    assert str(tmp_path) not in str(card) and "hf_secret" not in str(card) and "carol" not in str(card)
 
     # what it says of its use is so
     prompts = [{"history": ["p0", "p1"], "query": "…"}]
@@ -110,6 +121,37 @@ def test_a_run_without_evaluation_or_quantizer(make, base_tokenizer, tmp_path):
     assert "The model was not evaluated." in card.text and "This model was not trained here." in card.text
     assert card.data.eval_results is None and card.data.license is None and card.data.base_model is None
     assert 'search it with `normalize="sid"`' in card.text and 'top_k=10, normalize="sid")' in card.text
+
+
+@one_family
+def test_metrics_of_ones_own(make, tmp_path):
+    found = {"my|score": 0.5, "of": {"depth": 1}, "name": "text"}
+    trainer = make(evaluation=4, init={"compute_metrics": lambda prediction: found})
+    trainer.evaluate()
+    trainer.create_model_card()
+    card = read_card(tmp_path)
+    assert "### eval\n\nAfter 0 optimizer steps.\n\n| | |\n|---|---|\n| `loss` |" in card.text
+    assert "| `my\\|score` | 0.5000 |" in card.text and card.data.eval_results is None
+    assert "Item-level metrics" not in card.text and "depth" not in card.text and "`name`" not in card.text
+
+
+@one_family
+def test_intervals_are_those_of_the_rows(make, tmp_path):
+    """Against resamples of our own, of which each row is a hit or none."""
+    trainer = make(eval_top_k=60, evaluation=24)
+    hits = trainer.predict(trainer.eval_dataset)
+    hits = (hits.predictions[0][:, :10] == hits.label_ids[:, None]).any(1)
+    trainer.evaluate()
+    trainer.create_model_card()
+    card = read_card(tmp_path)
+    assert "The first 40 of 40 products" in card.text
+    (result,) = (
+        one for one in card.data.eval_results if (one.metric_type, one.dataset_name) == ("item_recall@10", "eval")
+    )
+    assert 0 < result.metric_value == hits.mean() < 1
+    chosen = np.random.default_rng(1).integers(0, len(hits), (20_000, len(hits)))
+    expected = np.percentile(hits[chosen].mean(1), [2.5, 97.5])
+    assert np.abs(expected - [result.metric_args["low"], result.metric_args["high"]]).max() <= 1.01 / len(hits)
 
 
 @one_family
@@ -131,6 +173,7 @@ def test_results_of_another_step(make, tmp_path):
     trainer.create_model_card()
     card = read_card(tmp_path)
     assert "5 rows, after 1 optimizer steps." in card.text and "the model after 1 of 2 optimizer steps" in card.text
+    assert ", the best of those evaluated by `loss`; 2 steps were trained (1.00 epochs)." in card.text
     first = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert card.data.eval_results[0].metric_value == first["eval_item_recall@1"]
     assert card.data.eval_results[0].metric_args == {"step": 1} and "intervals" not in card.text
@@ -166,7 +209,8 @@ def test_what_is_known_of_the_world_around(make, hub_client, make_tiny_model, to
     place = {"id": "org/purchases", "revision": commit, "config": "default", "split": "train"}
     assert hub_dataset(train) == hub_dataset(train.select([1]).map(dict)) == place
     assert hub_dataset(None) == hub_dataset([]) == hub_dataset(Dataset.from_list([{"a": 1}])) == {}
-    trainer = make(loaded, evaluation=train, init={"callbacks": [Carbon()]})
+    parts = {"warm": train.select(range(5)), "cold": train.select(range(5, 8))}
+    trainer = make(loaded, evaluation=parts, init={"callbacks": [Carbon()]})
     trainer.train()
     trainer.evaluate()
     trainer.create_model_card()
@@ -179,8 +223,19 @@ def test_what_is_known_of_the_world_around(make, hub_client, make_tiny_model, to
         "training_type": "fine-tuning",
     }
     assert "12.3 g of CO2" in card.text and "on org/purchases" in card.text and str(tmp_path) not in str(card)
-    result = card.data.eval_results[0]
-    assert (result.dataset_type, result.dataset_split, result.dataset_revision) == ("org/purchases", "train", commit)
+    # parts of one split are told apart, also where the Hub would put them together
+    results = card.data.to_dict()["model-index"][0]["results"]
+    for result, part, rows in zip(results, parts, (5, 3), strict=True):
+        called = f"train, eval_{part}"
+        assert (result["dataset"]["split"], result["dataset"]["name"]) == (called, f"org/purchases, eval_{part}")
+        assert (result["dataset"]["type"], result["dataset"]["revision"]) == ("org/purchases", commit)
+        assert f"### org/purchases, {called}\n\n{rows} rows, after 2 optimizer steps." in card.text
+        assert [metric["type"] for metric in result["metrics"]].count("item_mrr") == 1
+    trainer.evaluations, trainer.state.log_history = {}, []
+    trainer.evaluate(train)
+    trainer.create_model_card()
+    (result,) = read_card(tmp_path).data.to_dict()["model-index"][0]["results"]
+    assert (result["dataset"]["split"], result["dataset"]["name"]) == ("train", "org/purchases")
 
 
 @one_family
@@ -195,6 +250,8 @@ def test_adapters(make, make_tiny_model, tokenizer, tmp_path):
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert 'model = load_lora("org/ranker")\n' in card.text and "More Information Needed" not in card.text
     assert "pipeline" not in card.text.replace("pipeline_tag", "")
+    assert "The adapter: r `4`, lora_alpha `8`, lora_dropout `0.0`, bias `none`; on `q_proj`." in card.text
+    assert "- peft " in card.text and "- deepspeed" not in card.text
 
 
 @one_family
@@ -218,3 +275,16 @@ def test_a_card_that_somebody_wrote(make, tmp_path):
 def test_bounds_are_kept_apart():
     metrics = {"mrr": 0.5, "mrr_low": 0.4, "mrr_high": 0.6, "num_rows": 3.0, "price_low": 1.0}
     assert split_bounds(metrics) == ({"mrr": 0.5, "num_rows": 3.0, "price_low": 1.0}, {"mrr": (0.4, 0.6)})
+
+
+def test_paths_are_hidden_wherever_they_stand(tmp_path):
+    (tmp_path / "plan.json").touch()
+    arguments = {
+        "output_dir": str(tmp_path),
+        "optim": "adamw_torch",
+        "fsdp_config": {"a": [str(tmp_path / "plan.json"), 1]},
+    }
+    (tmp_path / "training_args.json").write_text(json.dumps(arguments))
+    hide_paths(tmp_path)
+    hidden = json.loads((tmp_path / "training_args.json").read_text())
+    assert hidden == {"output_dir": tmp_path.name, "optim": "adamw_torch", "fsdp_config": {"a": ["plan.json", 1]}}

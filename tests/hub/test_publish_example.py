@@ -92,7 +92,7 @@ def test_a_run_of_the_trainer(hub, hub_client, main, run, capsys):
 
     # The card's own lines, from the Hub.
     blocks = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 2 and "import rqsid" not in blocks[1] and "also without rqsid:" in card.text
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), SIDTokenizer.from_pretrained(run)
     for block in blocks:
         before, call = block.rstrip("\n").rsplit("\n", 1)

@@ -175,6 +175,8 @@ def test_what_is_asked_for_and_nothing_else(hub, hub_client, run, monkeypatch):
     assert hub.commits("alice/shop", revision="trial")[0]["message"] == "First"
     before = snapshot(run)
     monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(ValueError, match="alice/shop cannot be the repository of the model and of the codebooks"):
+        publish_run(run, "alice/shop", codebook_id="shop")
     published = publish_run(run, "alice/shop", space_namespace="org")
     assert snapshot(run) == before
     assert hub.files("alice/shop") == hub.files("alice/shop", revision="trial")

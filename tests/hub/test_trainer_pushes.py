@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 import torch
+from fresh_process import run_fresh
 from huggingface_hub import ModelCard, snapshot_download
 from peft import LoraConfig
 from pushing_training import make_tokenizer, make_trainer
@@ -173,33 +174,36 @@ def test_tokens_that_are_not_accepted(make, hub):
 
 
 def test_codebook_branch_and_tag(make, hub, tokenizer):
-    trainer = make(push_to_hub=False, hub_codebook_id="org/codebook", max_steps=1, save_strategy="no")
+    trainer = make(push_to_hub=False, hub_codebook_id="codebook", max_steps=1, save_strategy="no")
     trainer.train()
     future = trainer.push_to_hub("Candidate", blocking=False, revision="candidate", private=True, tag="v1", tags="new")
     info = future.result()
     trainer._finish_current_push()
-    assert hub.repo("alice/m").private and hub.repo("org/codebook").private
+    assert hub.repo("alice/m").private and hub.repo("alice/codebook").private
     refs = hub.refs("alice/m")
     assert refs["branches"]["candidate"] == refs["tags"]["v1"] == info.oid and hub.files("alice/m") == {}
-    (commit,) = hub.commits("org/codebook")
+    (commit,) = hub.commits("alice/codebook")
     card = ModelCard(hub.files("alice/m", "v1")["README.md"].decode())
-    assert card.data["sid_codebook"] == {"repo": "org/codebook", "revision": commit["id"]} and "new" in card.data.tags
-    assert f"[org/codebook](https://huggingface.co/org/codebook), at commit `{commit['id']}`" in card.text
-    quantizer = ResidualQuantizer.from_pretrained("org/codebook", revision=commit["id"])
+    assert (
+        card.data["sid_codebook"] == {"repo": "alice/codebook", "revision": commit["id"]} and "new" in card.data.tags
+    )
+    assert f"[alice/codebook](https://huggingface.co/alice/codebook), at commit `{commit['id']}`" in card.text
+    quantizer = ResidualQuantizer.from_pretrained("alice/codebook", revision=commit["id"])
     for one, other in zip(quantizer.parameters(), tokenizer.quantizer.parameters(), strict=True):
         assert torch.equal(one, other)
     # Another push of the same state is none.
     assert trainer.push_to_hub(revision="candidate", private=True, tags="new").oid == info.oid
-    assert len(hub.commits("org/codebook")) == 1
+    assert len(hub.commits("alice/codebook")) == 1
 
 
 def test_an_adapter_takes_the_place_of_a_model(make, hub, tokenizer, make_tiny_model, tmp_path):
-    make(max_steps=1, save_strategy="no").push_to_hub()
+    make(max_steps=1, save_strategy="no").push_to_hub(license="mit", language="de")
     whole = hub.commits("alice/m")[0]["id"]
     base = tmp_path / "base"
     make_tiny_model(tokenizer.base_size).save_pretrained(base)
     lora = LoraConfig(r=4, target_modules=["q_proj"])
-    trainer = make(AutoModelForCausalLM.from_pretrained(base), init={"peft_config": lora}, save_steps=4)
+    model, folder = AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    trainer = make(model, output_dir=folder, init={"peft_config": lora}, save_steps=4)
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("alice/m")
@@ -209,6 +213,8 @@ def test_an_adapter_takes_the_place_of_a_model(make, hub, tokenizer, make_tiny_m
     assert not [content[:80] for content in content_of(hub) if str(tmp_path).encode() in content]
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "peft" and card.data.base_model is None
+    # what was said there once, of which this folder knows nothing
+    assert (card.data.license, card.data.language) == ("mit", "de")
     assert 'load_lora("alice/m", base_model="…")' in card.text
 
     found = load_lora("alice/m", base_model=str(base), token=hub.token)
@@ -237,6 +243,10 @@ def test_a_card_that_somebody_made_their_own(make, hub, hub_client):
 def test_what_cannot_be_pushed(make, hub, tokenizer, make_tiny_model, base_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="hub_codebook_id and hub_model_id are both 'alice/m'"):
         make(hub_codebook_id="alice/m")
+    with pytest.raises(ValueError, match="hub_codebook_id='m' is alice/m, the model's repository"):
+        make(output_dir=tmp_path / "m", hub_model_id=None, hub_codebook_id="m")
+    with pytest.raises(PermissionError, match="stranger/codes"):
+        make(hub_codebook_id="stranger/codes")
     bare = make_tokenizer(base_tokenizer, with_quantizer=False)
     with pytest.raises(ValueError, match="the tokenizer has no quantizer"):
         make_trainer(make_tiny_model(bare.base_size), bare, tmp_path / "x", hub_codebook_id="org/codebook")
@@ -247,3 +257,33 @@ def test_what_cannot_be_pushed(make, hub, tokenizer, make_tiny_model, base_token
     with pytest.raises(ValueError, match="There are no weights that could be loaded"):
         trainer.push_to_hub()
     assert os.listdir(tmp_path / "run") == []
+
+
+ENDS_WHILE_PUSHING = """
+import sys
+from transformers import AutoModelForCausalLM
+import rqsid.trainer.model_card
+from rqsid import SIDTokenizer, SIDTrainer, SIDTrainingArguments
+
+rqsid.trainer.model_card.save_figure = lambda *_: False  # matplotlib takes seconds
+folder = sys.argv[1]
+tokenizer = SIDTokenizer.from_pretrained(folder)
+trainer = SIDTrainer(
+    AutoModelForCausalLM.from_pretrained(folder),
+    SIDTrainingArguments(folder, push_to_hub=True, hub_model_id="alice/m", use_cpu=True, report_to="none"),
+    [{"query": "milk", "product": "p1"}],
+    processing_class=tokenizer,
+)
+trainer.push_to_hub("First", blocking=False, tag="one")
+trainer.push_to_hub("Second", blocking=False, language="en", tag="two")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_when_it_has_pushed(make, hub, tmp_path):
+    make(push_to_hub=False).save_whole_model(tmp_path / "saved")
+    environment = hub.environment(tmp_path / "home")
+    done = run_fresh(ENDS_WHILE_PUSHING, str(tmp_path / "saved"), env=environment, check=True)
+    assert [commit["message"] for commit in hub.commits("alice/m")] == ["Second", "First"], done.stderr
+    assert set(hub.refs("alice/m")["tags"]) == {"one", "two"} and "push" not in done.stderr
+    assert not [name for name in os.listdir(tmp_path / "saved") if name.startswith("_push-")]
