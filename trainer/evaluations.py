@@ -147,11 +147,18 @@ def results_section(trainer, evaluations):
             f"scores normalised over {space}. Item-level metrics count the product that was bought, SID-level metrics its SID, which "
             "other products may share.",
         ]
-        bounds = [pair for evaluation in evaluations.values() for pair in evaluation.bounds.values()]
+        bounds = [
+            pair
+            for evaluation in evaluations.values()
+            for name, pair in evaluation.bounds.items()
+            if METRIC.fullmatch(name)
+        ]
         if bounds:
             lines[-1] += f" In brackets, 95 % intervals: percentiles of {args.eval_bootstrap:,} resamples of the rows."
         if any(low == high for low, high in bounds):
-            lines[-1] += " Where all rows have the same value, these have no width, which does not make it certain."
+            lines[-1] += (
+                " Where all rows have the same value, an interval has no width; that does not make the value certain."
+            )
     step = trainer.loaded_step if trainer.loaded_step is not None else trainer.state.global_step
     ambiguous = _ambiguous(evaluations)
     for prefix, evaluation in evaluations.items():

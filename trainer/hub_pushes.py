@@ -94,9 +94,14 @@ def push_checkpoint(trainer, checkpoint):
     args, state = trainer.args, trainer.state
     if args.hub_strategy == HubStrategy.END:
         return
+    by_steps = args.save_strategy == SaveStrategy.STEPS
+    message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
     is_pushing = trainer.is_world_process_zero()
     if is_pushing and _is_busy(trainer) and not args.hub_always_push:
         is_pushing = False
+        logger.warning(
+            f"Not pushed ({message}): the push before is still under way. hub_always_push=True makes them queue."
+        )
     # FSDP's shards are no model that anybody could load.
     snapshot = _save_for_push(trainer) if trainer.saves_shards() else None
     if not is_pushing:
@@ -104,8 +109,6 @@ def push_checkpoint(trainer, checkpoint):
             shutil.rmtree(snapshot, ignore_errors=True)
         return
     trainer.callback_handler.on_push_begin(args, state, trainer.control)
-    by_steps = args.save_strategy == SaveStrategy.STEPS
-    message = f"Training in progress, {f'step {state.global_step}' if by_steps else f'epoch {int(state.epoch)}'}"
     replaced = list(REPLACED)
     try:
         if snapshot is None:

@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import logging
 
 from ..sid_tokenizer.card_push import CARD_FILE, generated_comment
@@ -319,7 +319,8 @@ def _training(trainer, is_adapter):
         if trainer.loaded_step is not None:
             lines[-1] += f", the best of those evaluated by {as_code(args.metric_for_best_model)}"
             lines[-1] += f"; {state.global_step:,} steps were trained"
-        lines[-1] += f" ({state.epoch:.2f} epochs)." if state.epoch is not None else "."
+        # Of a stream, Trainer calls the share of max_steps an epoch.
+        lines[-1] += f" ({state.epoch:.2f} epochs)." if state.epoch and has_length(trainer.train_dataset) else "."
         seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
         if seconds:
             lines[-1] += f" Training took {_duration(seconds[-1])}"

@@ -77,6 +77,9 @@ def _rename(card, model_id):
         card.text = card.text.replace(f'"{found[1]}"', f'"{model_id}"')
         card.text = card.text.replace(f"# {found[1].split('/')[-1]}\n", f"# {name}\n", 1)
         card.data.model_name = name
+        # The trainer pushes checkpoints to its own repository.
+        sections = card.text.split("\n## ")
+        card.text = "\n## ".join(section for section in sections if not section.startswith("Checkpoints\n"))
     card.text = card.text.replace(PIPELINE, PIPELINE_BESIDE, 1)
     # transformers asks for trust where a model brings a pipeline, also if the same is installed.
     line = f'pipeline("sid-retrieval", model="{model_id}"'

@@ -3,6 +3,7 @@
 import json
 import os
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rqsid import ResidualQuantizer, SIDTokenizer, load_lora, search
 from rqsid.trainer import check_checkpoint
+from rqsid.trainer.run_card import finish_card
 
 pytestmark = pytest.mark.parametrize("base_tokenizer, make_tiny_model", [("llama", "llama")], indirect=True)
 PROMPTS = [{"query": "potato chips", "history": ["p3"]}, {"query": "fresh milk"}]
@@ -118,6 +120,15 @@ def test_every_push_is_one_state(make, hub, tokenizer, tmp_path, caplog, capfd):
     with pytest.raises(ValueError, match="pushed without hub_push_optimizer=True"):
         make(push_to_hub=False).train(resume_from_checkpoint=f"{folder}/last-checkpoint")
 
+    # published elsewhere, the card names no checkpoints that are only here
+    for name, stays in (("alice/m", True), ("org/shop", False)):
+        card = finish_card(SimpleNamespace(path=trainer.args.output_dir), tmp_path / "run", name)
+        assert (f'"{name}"' in card.text, "## Checkpoints" in card.text, "## Versions" in card.text) == (
+            True,
+            stays,
+            True,
+        )
+
     # neither tokens nor paths of this machine
     token, path = hub.token.encode(), str(tmp_path).encode()
     assert not [content[:80] for content in content_of(hub) if token in content or path in content]
@@ -145,7 +156,7 @@ def test_checkpoints_with_the_optimizer_resume_from_the_hub(make, hub, tmp_path)
 
 
 def test_a_push_that_fails_stops_no_training(make, hub, tmp_path, caplog):
-    trainer = make(hub_strategy="every_save")
+    trainer = make(hub_strategy="every_save", hub_always_push=True)
     hub.fail(status=403, path="/preupload/", times=None, message="You are over your quota")
     trainer.train()
     assert trainer.state.global_step == 4 and hub.commits("alice/m") == []
@@ -160,6 +171,14 @@ def test_a_push_that_fails_stops_no_training(make, hub, tmp_path, caplog):
     trainer.push_to_hub()
     assert "model.safetensors" in hub.files("alice/m")
     assert not [name for name in os.listdir(tmp_path / "run") if name.startswith("_push-")]
+
+
+def test_a_checkpoint_that_comes_while_a_push_is_under_way(make, hub, caplog):
+    trainer = make(save_steps=1, max_steps=2)
+    hub.fail(status=None, delay=1.5, path="/preupload/", times=1)
+    trainer.train()
+    assert [commit["message"] for commit in hub.commits("alice/m")] == ["Training in progress, step 1"]
+    assert "Not pushed (Training in progress, step 2): the push before is still under way" in caplog.text
 
 
 def test_tokens_that_are_not_accepted(make, hub):
