@@ -15,7 +15,17 @@ QUANTIZERS, INITS = ("RQ-KMeans", "RQ-VAE"), ("random, no relocation", "relocate
 LONG = 1e10  # products x dimensions x codes, from which on a fit is worth a checkpoint after each pass
 
 
-def picture(catalogue, embeddings, described, out, sizes=SIZES, layers=LAYERS, seeds=SEEDS, epochs=40):
+def picture(
+    catalogue,
+    embeddings,
+    described,
+    out,
+    sizes=SIZES,
+    layers=LAYERS,
+    seeds=SEEDS,
+    quantizers=QUANTIZERS,
+    epochs=40,
+):
     """
     Quantizes the embeddings in all ways and measures each, in cells.
 
@@ -30,12 +40,19 @@ def picture(catalogue, embeddings, described, out, sizes=SIZES, layers=LAYERS, s
         sizes, layers, seeds (sequence of `int`):
             Codebook sizes, numbers of layers and seeds. A size above N / 20 is left out: its codes would hold fewer than 20
             products, and unevenness be chance.
+        quantizers (sequence of `str`):
+            Which.
         epochs (`int`):
             Of an RQ-VAE.
     """
     kept = [size for size in sizes if size <= len(embeddings) / 20]
     if not kept:
         raise ValueError(f"{len(embeddings)} products are too few for codebooks of {min(sizes)}: 20 products a code.")
+    if len(kept) < len(sizes):
+        left_out = [size for size in sizes if size not in kept]
+        print(
+            f"{catalogue.name}: codebooks of {left_out} are left out, more than a twentieth of {len(embeddings)} products."
+        )
     cells = [
         {
             "data": catalogue.settings(),
@@ -47,7 +64,7 @@ def picture(catalogue, embeddings, described, out, sizes=SIZES, layers=LAYERS, s
             "seed": seed,
         }
         | ({"epochs": epochs} if quantizer == "RQ-VAE" else {})
-        for quantizer in QUANTIZERS
+        for quantizer in quantizers
         for size in kept
         for num_layers in layers
         for init in INITS

@@ -2,6 +2,7 @@
 The study: what happens to the tokens of residual quantization, on any catalogue.
 
     python examples/study/study.py picture --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
+    python examples/study/study.py published --data DIR --out runs/study
     python examples/study/study.py causes --out runs/study
     python examples/study/study.py all --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
     python examples/study/study.py tables --out runs/study
@@ -23,6 +24,8 @@ from transformers.utils import logging
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     logging.set_verbosity_error()
+    if args.experiment in ("published", "picture", "all"):
+        run_published(args)
     if args.experiment in ("picture", "all"):
         run_picture(args)
     if args.experiment in ("causes", "all"):
@@ -32,7 +35,7 @@ def main(arguments=None):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["picture", "causes", "all", "tables"])
+    parser.add_argument("experiment", choices=["published", "picture", "causes", "all", "tables"])
     parser.add_argument("--data", action="append", help="A folder, or completejourney; may be repeated.")
     parser.add_argument("--out", default="runs/study", help="Folder of results.")
     parser.add_argument(
@@ -44,20 +47,26 @@ def make_parser():
     parser.add_argument("--max_seq_length", type=int, default=128, help="Tokens of a text that the encoder reads.")
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="Codes per layer; 64 and 256 if not given.")
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="Layers; 3 and 4 if not given.")
+    parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
     parser.add_argument("--quick", action="store_true", help="The smallest cells: a minute, and says nothing.")
     return parser
 
 
-def run_picture(args):
+def run_published(args):
     if not args.data:
         raise SystemExit("--data is missing: a folder of purchases and products, or completejourney.")
+    for data in args.data:
+        picture_module.published(load_catalogue(data), args.out)
+
+
+def run_picture(args):
     kinds = args.embeddings or [kind for kind in KINDS if args.encoder or kind != "sentence encoder"]
     options = {"sizes": [16], "layers": [3], "seeds": [0], "epochs": 2} if args.quick else {}
-    options |= {name: getattr(args, name) for name in ("sizes", "layers", "seeds") if getattr(args, name)}
+    names = ("sizes", "layers", "seeds", "quantizers")
+    options |= {name: getattr(args, name) for name in names if getattr(args, name)}
     for data in args.data:
         catalogue = load_catalogue(data)
-        picture_module.published(catalogue, args.out)
         for kind in kinds:
             embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
             picture_module.picture(catalogue, embeddings, described, args.out, **options)

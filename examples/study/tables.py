@@ -75,7 +75,8 @@ def picture_tables(cells):
                     if num_layers == 3:
                         kind = embeddings["kind"].replace(" ", "-")
                         figures[f"picture-{_file_name(dataset)}-{kind}-{size}"] = drawn
-            lines.append("")
+            keys = {"quantizer": "quantizer", "codebook_size": "K", "layers": "L"}
+            lines += ["", *_contrast_table(of_both, keys)]
     return "\n".join(lines) + "\n", figures
 
 
@@ -105,6 +106,7 @@ def causes_tables(cells):
             drawn = {cell["settings"]["init"]: as_diagnosis(cell["result"]) for cell in _where(of_size, law=law)[::-1]}
             figures[f"causes-{_file_name({'name': law})}-{size}"] = dict(sorted(drawn.items()))
         lines += [_null_row("null | ", of_size[0], _most_layers(of_size)), ""]
+        lines += _contrast_table(of_size, {"law": "input"})
         lines += _residual_table(of_size) + _explained_table(of_size)
     return "\n".join(lines) + "\n", figures
 
@@ -150,6 +152,37 @@ def _explained_table(cells):
     for name, parts in shares.items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.1%}" for value in parts.values()) + " |")
     return lines + [""]
+
+
+def _contrast_table(cells, keys):
+    """What the initialisation changes, paired by seed, and whether an hourglass is still there after relocation."""
+    lines = [
+        "Score with plain random initialisation and with relocation, and their difference, paired by seed. An hourglass that "
+        "relocation removes was made by the training, one that stays is the data's.",
+        "",
+        "| " + " | ".join([*keys.values(), "random", "relocated", "random - relocated", "hourglass in"]) + " |",
+        "|---" * (len(keys) + 4) + "|",
+    ]
+    groups = []
+    for cell in cells:
+        group = {key: cell["settings"][key] for key in keys}
+        if group not in groups:
+            groups.append(group)
+    ranks = {key: _distinct(cells, key).index for key in keys}
+    for group in sorted(groups, key=lambda group: [ranks[key](value) for key, value in group.items()]):
+        of_init = {}
+        for init in ("random, no relocation", "relocated"):
+            of_init[init] = {cell["seed"]: cell["result"] for cell in _where(cells, init=init, **group)}
+        random, relocated = of_init.values()
+        seeds = sorted(random.keys() & relocated.keys())
+        if not seeds:
+            continue
+        scores = [[results[seed]["hourglass_score"] for seed in seeds] for results in (random, relocated)]
+        found = [sum(results[seed]["verdict"] == "hourglass" for seed in seeds) for results in (random, relocated)]
+        columns = [*(_spread(values, 3, sign=True) for values in [*scores, np.subtract(*scores)])]
+        columns.append(f"{found[0]} -> {found[1]} of {len(seeds)} seeds")
+        lines.append("| " + " | ".join([*map(str, group.values()), *columns]) + " |")
+    return [*lines, ""]
 
 
 def _statement(cells):
