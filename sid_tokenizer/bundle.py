@@ -267,7 +267,7 @@ def _read_codebook(path, codebook_sizes):
                 f"{name} in {CODEBOOK_FILE} is {tuple(tensors[name].shape)} {tensors[name].dtype}, expected ({size}, "
                 f"{shown(dim)}) of floating point. Save or download the bundle again."
             )
-    wrong = [name for name in WHOLE_CONFIG if name in known and not is_whole(known[name], 0, 2**62)]
+    wrong = [name for name in WHOLE_CONFIG if name in known and not is_whole(known[name], 0, 2**63 - 1)]
     wrong += [name for name in ("relocation_threshold", "capacity") if not _is_number(known.get(name, 0))]
     wrong += ["num_beams"] if not wrong and known.get("num_beams", 1) > MAX_BEAMS else []
     wrong += ["normalize_residuals"] if not isinstance(known.get("normalize_residuals", False), bool) else []

@@ -16,6 +16,8 @@ from .untrusted import read_header, shown
 CONFIG_FILE = "config.json"
 CONFIG_BYTES = 2**24
 MAX_LAYERS = 1024
+MAX_SHARDS = 2048
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What transformers writes into any config.json besides the fields of a class.
 COMMON_KEYS = {"auto_map", "model_type", "torch_dtype", "_name_or_path"}
 SHARD_NAME = re.compile(r"model(\.[\w-]+)?-\d{5}-of-\d{5}(\.[\w-]+)?\.safetensors")
@@ -45,11 +47,7 @@ def read_config(config_class, name, options, overrides):
         config, left = config_class.from_dict(content, return_unused_kwargs=True, **overrides)
     except Exception as error:  # whatever its values make of the code that expects others
         raise ValueError(f"{CONFIG_FILE} of {name} cannot be used: {_line(error)}") from None
-    dtype = getattr(config, "dtype", None)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"{CONFIG_FILE} of {name} has dtype {shown(content.get('dtype'))}, no type of floating point."
-        )
+    check_dtype(config, name)
     return config, left, commit
 
 
@@ -79,6 +77,18 @@ def read_entries(config_class, name, options):
         if isinstance(value, list) and len(value) > MAX_LAYERS:
             raise ValueError(f"{CONFIG_FILE} of {name} says {key}={shown(value)}: more than {MAX_LAYERS} layers.")
     return content, commit
+
+
+def check_dtype(config, name):
+    """
+    Raises:
+        `ValueError`: if a configuration names a type that codebooks cannot be of.
+    """
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(
+            f"{CONFIG_FILE} of {name} has dtype {shown(dtype)}, none of {', '.join(str(kind) for kind in DTYPES)}."
+        )
 
 
 def read_weights(model_class, config, name, options, variant=None):
@@ -166,14 +176,21 @@ def _find_weights(name, options, variant):
             f"{os.path.basename(index)} of {name} names no files: it was edited. Save or download it again."
         )
     shards = sorted({shard if isinstance(shard, str) else repr(shard) for shard in weight_map.values()})
+    if len(shards) > MAX_SHARDS:
+        raise ValueError(
+            f"{os.path.basename(index)} of {name} names {len(shards)} files, more than the {MAX_SHARDS} that are accepted."
+        )
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard):
             raise ValueError(
                 f"{os.path.basename(index)} of {name} names {shown(shard)}, which is no part of a saved model: it was edited."
             )
-    paths = [find_file(name, shard, **options)[0] for shard in shards]
-    if None in paths:
-        raise ValueError(f"{shards[paths.index(None)]} of {name} is missing. Save or download it again.")
+    paths = []
+    for shard in shards:
+        path, _ = find_file(name, shard, **options)
+        if path is None:
+            raise ValueError(f"{shard} of {name} is missing. Save or download it again.")
+        paths.append(path)
     return paths
 
 

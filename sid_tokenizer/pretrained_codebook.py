@@ -4,7 +4,7 @@ import os
 
 from transformers import PreTrainedModel
 
-from .codebook_files import read_config, read_entries, read_weights
+from .codebook_files import check_dtype, read_config, read_entries, read_weights
 from .hub_files import DOWNLOAD_OPTIONS, pop_push_options, pushing_module
 
 # Arguments of transformers' from_pretrained that have nothing to say here.
@@ -18,6 +18,15 @@ UNUSED = (
     "trust_remote_code",
 )
 UNUSED += ("weights_only", "use_safetensors", "ignore_mismatched_sizes")
+
+
+def refuse_labels(kwargs):
+    """
+    Raises:
+        `ValueError`: if a configuration has `num_labels`, for each of which transformers makes a name, however many a file says.
+    """
+    if kwargs.get("num_labels") is not None:
+        raise ValueError("num_labels is no option of codebooks. Leave it out.")
 
 
 class PretrainedCodebook(PreTrainedModel):
@@ -80,6 +89,7 @@ class PretrainedCodebook(PreTrainedModel):
         elif str(getattr(config, "name_or_path", None)) == name:
             # AutoModel has made it of that file, whatever stands there.
             read_entries(cls.config_class, name, options)
+            check_dtype(config, name)
         tensors = read_weights(cls, config, name, options, variant)
         loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **loading, **kwargs)
         quantizer = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -9,7 +9,7 @@ from .catalog_file import note_path
 from .files import check_file
 from .hub_files import find_file, pop_push_options, pushing_module
 from .staged_save import recovered, staged_save
-from .tokenizer_files import check_tokenizer_config, tokenizer_errors
+from .tokenizer_files import TOKENIZER_CONFIG, check_other_files, check_tokenizer_config, tokenizer_errors
 
 
 class PretrainedSIDTokenizer(PreTrainedTokenizerFast):
@@ -59,7 +59,12 @@ class PretrainedSIDTokenizer(PreTrainedTokenizerFast):
                 )
             # All files of one commit, even if somebody pushes meanwhile.
             kwargs = kwargs | {"revision": commit}
+            # Before transformers reads it, which it does long before __init__.
+            check_tokenizer_config(find_file(name, TOKENIZER_CONFIG, **kwargs)[0])
         with tokenizer_errors(), recovered(local) as folder:
+            if os.path.isfile(os.path.join(folder, MANIFEST_FILE)):
+                config = os.path.join(folder, TOKENIZER_CONFIG)
+                check_tokenizer_config(config if os.path.isfile(config) else None)
             if folder == local:
                 tokenizer = super().from_pretrained(name, *args, **kwargs)
             else:
@@ -119,7 +124,8 @@ class PretrainedSIDTokenizer(PreTrainedTokenizerFast):
         manifest = read_manifest(resolved_vocab_files.get("manifest_file"))
         if resolved_vocab_files.get("tokenizer_file") is not None:
             check_file(resolved_vocab_files["tokenizer_file"], manifest["files"]["tokenizer.json"])
-        check_tokenizer_config(resolved_vocab_files.get("tokenizer_config_file"))
+        others = {*resolved_vocab_files} - {*cls.vocab_files_names, "tokenizer_config_file"}
+        check_other_files([resolved_vocab_files[kind] for kind in others])
         with tokenizer_errors(everything=True):
             return super()._from_pretrained(resolved_vocab_files, *args, **kwargs)
 

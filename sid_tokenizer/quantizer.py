@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from .checks import check_codes
 from .embeddings import EmbeddingReader
 from .initialization import INITIALIZATIONS
-from .pretrained_codebook import PretrainedCodebook
+from .pretrained_codebook import PretrainedCodebook, refuse_labels
 from .processes import in_all, require_process_group
 from .residual_kmeans import Layer, assign_, assignment_terms, beam_codes, fit_residual_kmeans
 
@@ -93,6 +93,7 @@ class ResidualQuantizerConfig(PreTrainedConfig):
     seed: int = 0
 
     def __post_init__(self, **kwargs):
+        refuse_labels(kwargs)
         if self.codebook_sizes is None:
             self.codebook_sizes = [256, 256, 256]
         sizes = self.codebook_sizes
@@ -121,10 +122,12 @@ class ResidualQuantizerConfig(PreTrainedConfig):
             ("sample_per_code", 0),
             ("num_sample_iterations", 0),
             ("num_beams", 1),
-            ("seed", -(2**63)),
+            ("seed", 0),
         ):
             if not _is_whole(getattr(self, name), least):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer, at least {least}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be an integer, at least {least} and below 2**63."
+                )
         if self.num_beams > MAX_BEAMS:
             raise ValueError(f"num_beams={self.num_beams} must be at most {MAX_BEAMS}: memory grows with it.")
         for name in ("relocation_threshold", "capacity"):

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from .checks import check_codes
 from .embeddings import EmbeddingReader
-from .pretrained_codebook import PretrainedCodebook
+from .pretrained_codebook import PretrainedCodebook, refuse_labels
 from .quantizer import MAX_BEAMS
 from .residual_kmeans import Layer, assign_, beam_codes
 from .rqvae_training import data_parallel, train
@@ -107,6 +107,7 @@ class RQVAEConfig(PreTrainedConfig):
     seed: int = 0
 
     def __post_init__(self, **kwargs):
+        refuse_labels(kwargs)
         defaults = {"codebook_sizes": [256, 256, 256], "hidden_sizes": [512, 256, 128], "sinkhorn_layers": []}
         for name, default in defaults.items():
             values = default if getattr(self, name) is None else getattr(self, name)

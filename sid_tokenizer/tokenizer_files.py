@@ -6,11 +6,30 @@ from json import JSONDecodeError
 
 from .untrusted import file_bytes, parse_json, shown
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_CONFIG_BYTES = 256 * 2**20
 MAX_CONFIG_VALUES = 16_000_000  # a token takes up to eight where the configuration lists them
 MAX_TOKENIZER_BYTES = 2**30
+MAX_EXTRA_TOKENS = 2**15
+MAX_OTHER_BYTES = 64 * 2**20
 # Arguments of the tokenizer's class that are no settings: with them a configuration would pass itself off for checked files.
 NO_SETTINGS = ("sid_parts", "tokenizer_object", "init_inputs", "gguf_file", "vocab", "merges")
+
+
+def check_other_files(paths):
+    """
+    Args:
+        paths (`list[str | None]`):
+            Files that no manifest vouches for and that transformers reads whole, such as chat templates.
+
+    Raises:
+        `ValueError`: for one that is too large.
+    """
+    for path in paths:
+        if path is not None and file_bytes(path) > MAX_OTHER_BYTES:
+            raise ValueError(
+                f"{os.path.basename(path)} holds {file_bytes(path)} bytes, more than the {MAX_OTHER_BYTES} that are accepted."
+            )
 
 
 def check_tokenizer_config(path):
@@ -36,6 +55,12 @@ def check_tokenizer_config(path):
         ) from None
     if not isinstance(config, dict):
         raise ValueError(f"{name} must hold a JSON object, found {type(config).__name__}. Save the bundle again.")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    if isinstance(extra, list | dict) and len(extra) > MAX_EXTRA_TOKENS:
+        raise ValueError(
+            f"{name} lists {len(extra)} special tokens, more than the {MAX_EXTRA_TOKENS} that are accepted: transformers compares "
+            "each with each."
+        )
     wrong = [key for key in config if key in NO_SETTINGS or key.endswith(("_file", "_files"))]
     if wrong:
         raise ValueError(

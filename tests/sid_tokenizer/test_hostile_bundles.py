@@ -317,6 +317,31 @@ def test_configurations_of_the_tokenizer_that_are_refused(folder, content, messa
     assert_refused(lambda: SIDTokenizer.from_pretrained(folder), message)
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "named"]
+)
+def test_gigantic_files_that_no_manifest_vouches_for(folder, name):
+    path = folder / name
+    if name == "named":
+        path = folder / "additional_chat_templates" / "named.jinja"
+        path.parent.mkdir()
+    with open(path, "wb") as file:
+        file.truncate(3 * 2**30)  # a hole, which takes no disk
+    tracemalloc.start()
+    begin = time.process_time()
+    assert_refused(lambda: SIDTokenizer.from_pretrained(folder), f"{path.name} holds 3221225472 bytes, more than the")
+    assert time.process_time() - begin < 5 and tracemalloc.get_traced_memory()[1] < 5e7
+    tracemalloc.stop()
+
+
+def test_more_special_tokens_than_can_be_compared(folder):
+    tokens = [f"<q{at}>" for at in range(10**5)]
+    edit_json(folder, "tokenizer_config.json", lambda config: config | {"extra_special_tokens": tokens})
+    begin = time.process_time()
+    assert_refused(lambda: SIDTokenizer.from_pretrained(folder), "lists 100000 special tokens, more than the 32768")
+    assert time.process_time() - begin < 5
+
+
 def edit_token(state, spelling, **changes):
     state = copy.deepcopy(state)
     next(token for token in state["added_tokens"] if token["content"] == spelling).update(changes)

@@ -137,6 +137,9 @@ HOSTILE_ENTRIES = [
     ({"num_beams": 2**70}, "num_beams="),
     ({"metric": ["cosine"]}, "metric="),
     ({"seed": "x"}, "seed='x'"),
+    ({"seed": -1}, "seed=-1"),
+    ({"dtype": "float8_e4m3fn"}, "config.json of .* has dtype torch.float8_e4m3fn, none of"),
+    ({"num_labels": 10**9}, "has 'num_labels'"),
     ({"dtype": "float99"}, "config.json of .* cannot be used"),
     ({"dtype": "__loader__"}, "config.json of .* dtype"),
     ({"new_option": 1}, "has 'new_option', which this version does not know"),
@@ -152,6 +155,25 @@ def test_hostile_configurations(case, entries, match):
     cls, folder, _, _ = case
     edit_config(folder, **entries)
     refused(cls, folder, match)
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"new_option": 1}, "has 'new_option', which this version does not know"),
+        ({"transformers_weights": "../model.safetensors"}, "has 'transformers_weights'"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "has 'quantization_config'"),
+        ({"dtype": "float8_e4m3fn"}, "has dtype torch.float8_e4m3fn"),
+        ({"num_labels": 10**9}, "num_labels is no option"),
+        ({"embedding_dim": 10**15}, "says embedding_dim=1000000000000000"),
+        ({"codebook_sizes": [8] * 1025}, "more than 1024 layers"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_auto_model_refuses_them_as_well(case, entries, match):
+    _, folder, _, _ = case
+    edit_config(folder, **entries)
+    refused(AutoModel, folder, match)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +270,9 @@ def test_sharded_indices(case, tmp_path):
     for weight_map in ({}, [], "x", None):
         index.write_text(json.dumps({"weight_map": weight_map}))
         refused(cls, folder, "names no files")
+    many = {f"k{at}": f"model-{at % 10**5:05}-of-{at // 10**5:05}.safetensors" for at in range(10**5)}
+    index.write_text(json.dumps({"weight_map": many}))
+    refused(cls, folder, "names 100000 files, more than the 2048 that are accepted")
     index.write_text(json.dumps(content))
     first = sorted(folder.glob("*.safetensors"))[0]
     moved = first.read_bytes()

@@ -514,10 +514,15 @@ def test_names_that_are_no_folder_are_passed_on(monkeypatch, name):
     monkeypatch.setattr(
         pretrained_tokenizer,
         "find_file",
-        lambda *args, **kwargs: asked.append((args, kwargs)) or ("sid_manifest.json", "c" * 40),
+        lambda name, file, **kwargs: (
+            asked.append((name, file, kwargs)) or (file if "manifest" in file else None, "c" * 40)
+        ),
     )
     SIDTokenizer.from_pretrained(name, "more", revision="main", token="hf_t")
-    assert asked == [((name, "sid_manifest.json"), {"revision": "main", "token": "hf_t"})]
+    assert asked == [
+        (name, "sid_manifest.json", {"revision": "main", "token": "hf_t"}),
+        (name, "tokenizer_config.json", {"revision": "c" * 40, "token": "hf_t"}),
+    ]
     assert passed == [(SIDTokenizer, (name, "more"), {"revision": "c" * 40, "token": "hf_t"})]
 
 
