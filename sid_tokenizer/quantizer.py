@@ -22,6 +22,7 @@ PRESETS = {
 }
 METRICS = ("euclidean", "cosine")
 MAX_BEAMS = 4096
+MAX_SEED = 2**42
 ENCODE_ROWS = 2048  # small enough that residuals and scores stay in the cache
 
 
@@ -128,6 +129,8 @@ class ResidualQuantizerConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be an integer, at least {least} and below 2**63."
                 )
+        if self.seed >= MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be below 2**42: layers draw with multiples of it.")
         if self.num_beams > MAX_BEAMS:
             raise ValueError(f"num_beams={self.num_beams} must be at most {MAX_BEAMS}: memory grows with it.")
         for name in ("relocation_threshold", "capacity"):

@@ -386,3 +386,10 @@ def test_bad_skipped_codes_are_refused(skipped, error, message):
     num_beams = 2 if "num_beams" in message else 1
     with pytest.raises(error, match=message):
         ResidualQuantizerConfig(codebook_sizes=[4, 6, 5], skipped_codes=skipped, num_beams=num_beams)
+
+
+def test_seeds_whose_multiples_overflow():
+    points = gaussian()
+    ResidualQuantizer(ResidualQuantizerConfig(codebook_sizes=[4, 4], num_iterations=2, seed=2**42 - 1)).fit(points)
+    with pytest.raises(ValueError, match="seed=4398046511104 must be below"):
+        ResidualQuantizerConfig(seed=2**42)
