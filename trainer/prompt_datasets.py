@@ -9,18 +9,21 @@ import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..sid_tokenizer.card_push import generated_comment
 from ..sid_tokenizer.files import write_json
-from ..sid_tokenizer.hub import hub_errors, push_folder
+from ..sid_tokenizer.hub import push_folder
 from .data import tokenize_examples
+from .evaluations import as_list
 from .model_card import public_id
 from .prompt_checks import DETAILS_FILE, batches, check_rows, is_tokenized, prompt_details
 
 SHARD_BYTES = 500 * 2**20  # in memory; less on disk
 TAGS = ["generative-retrieval", "rqsid", "semantic-ids"]
+MARK = generated_comment("data set")
 MEANINGS = {
     "input_ids": "token ids of the prompt; of a session, with the SIDs of its purchases",
     "label_ids": "token ids of the answer, its end token included",
@@ -57,7 +60,8 @@ def push_prompts(
 
     `load_dataset(repo_id)` gives rows and features back. Beside the files lies `sid_prompts.json`, which says for which codebooks
     the rows were tokenized; [`~rqsid.trainer.prompt_checks.check_prompts`] goes by it. Rows are checked and written in pieces, of
-    which one is in memory at a time. What a configuration held before is replaced; others stay.
+    which one is in memory at a time. What a configuration held before is replaced; others stay. A card that somebody has made their
+    own keeps its words.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `list[dict]`, or a `dict` of them by split, such as a `DatasetDict`):
@@ -123,20 +127,27 @@ def push_prompts(
                 )
         details = prompt_details(tokenizer, features[0], tokenizer_id)
         write_json(os.path.join(folder, data_dir, DETAILS_FILE), details)
-        data = _card_data(repo_id, revision, token, license)
-        license = data.license
-        MetadataConfigs({config_name: {"data_files": _data_files(infos, data_dir)}}).to_dataset_card_data(data)
         info = DatasetInfo(
             features=features[0],
             splits=SplitDict({name: SplitInfo(name, **info["split"]) for name, info in infos.items()}),
             download_size=sum(info["download_size"] for info in infos.values()),
             dataset_size=sum(info["split"]["num_bytes"] for info in infos.values()),
         )
-        DatasetInfosDict({config_name: info}).to_dataset_card_data(data)
-        card = f"---\n{data.to_yaml()}\n---\n\n" + _card_text(
-            repo_id, config_name, details, features[0], infos, license
-        )
-        DatasetCard(card).save(os.path.join(folder, "README.md"))
+
+        # Of the commit that is pushed onto, lest a configuration is lost that somebody pushes meanwhile.
+        def add_card(api, repo_id, head):
+            there = _existing_card(api, repo_id, head)
+            data = _card_data(there, license)
+            MetadataConfigs({config_name: {"data_files": _data_files(infos, data_dir)}}).to_dataset_card_data(data)
+            DatasetInfosDict({config_name: info}).to_dataset_card_data(data)
+            if there is not None and there.text.strip() and MARK not in there.text:
+                text = there.text  # somebody's own
+            else:
+                section = _configuration(repo_id, config_name, details, features[0], infos)
+                text = _card_text(repo_id, _other_configurations(there, data) | {config_name: section}, data.license)
+            DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(os.path.join(folder, "README.md"))
+            return []
+
         return push_folder(
             folder,
             repo_id,
@@ -147,6 +158,7 @@ def push_prompts(
             commit_message=commit_message,
             tag=tag,
             delete_patterns=[f"{data_dir}/*"],
+            prepare=add_card,
         )
 
 
@@ -210,34 +222,69 @@ def _data_files(infos, data_dir):
     return [{"split": name, "path": f"{data_dir}/{name}-*"} for name in infos]
 
 
-def _card_data(repo_id, revision, token, license):
-    """Metadata of a new card, and of the one that is there what it says of other configurations."""
-    data = {}
-    with hub_errors(repo_id, token):
-        for branch in dict.fromkeys([revision, None]):  # a branch that is yet to be made begins as main
-            try:
-                path = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=branch, token=token)
-            except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-                continue
-            data = DatasetCard.load(path, ignore_metadata_errors=True).data.to_dict()
-            break
-    kept = {name: data[name] for name in ("configs", "dataset_info") if name in data}
-    license = license if license is not None else data.get("license")
-    return DatasetCardData(license=license, tags=TAGS, task_categories=["text-generation"], **kept)
+def _existing_card(api, repo_id, head):
+    try:
+        path = api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None
+    try:
+        return DatasetCard.load(path)
+    except Exception as error:  # what YAML makes of anything that somebody may have written
+        raise ValueError(
+            f"The card in {repo_id} has metadata that cannot be read ({' '.join(str(error).split())}), which say what other "
+            "configurations there are. Mend it there, or delete it."
+        ) from None
 
 
-def _card_text(repo_id, config_name, details, features, infos, license):
+def _card_data(there, license):
+    """Metadata of a new card, with what is said there already."""
+    data = {} if there is None else there.data.to_dict()
+    tags = list(dict.fromkeys([*as_list(data.pop("tags", None)), *TAGS]))
+    # In one order, so that pushing the same again changes nothing.
+    data = {"task_categories": ["text-generation"], "tags": tags} | data
+    if license is not None:
+        data["license"] = license
+    return DatasetCardData(**data)
+
+
+def _other_configurations(there, data):
+    """What a card of ours says of configurations that are still there, by their names."""
+    if there is None:
+        return {}
+    configs = {entry["config_name"] for entry in data.get("configs") or ()}
+    text = there.text.split("\n## Licence\n")[0]
+    found = {part.split("`")[0]: part for part in text.split("\n## Configuration `")[1:]}
+    return {name: f"## Configuration `{part.strip()}" for name, part in found.items() if name in configs}
+
+
+def _card_text(repo_id, configurations, license):
+    lines = [
+        MARK,
+        "",
+        f"# {repo_id.split('/')[-1]}",
+        "",
+        "For training a language model to answer with semantic IDs (SIDs), made with rqsid.",
+    ]
+    for name in sorted(configurations):
+        lines += ["", configurations[name]]
+    said = f"`{license}`" if license else "None is given. Ask whoever published this before you use it."
+    return "\n".join([*lines, "", "## Licence", "", said])
+
+
+def _configuration(repo_id, config_name, details, features, infos):
     catalog, is_tokenized = details["catalog"], details["is_tokenized"]
-    what = "Prompts and answers as token ids" if is_tokenized else "Purchases, of which prompts and answers are made,"
+    what = "Prompts and answers as token ids" if is_tokenized else "Purchases, of which prompts and answers are made"
     tokenizer_id = details["tokenizer"] or "path/to/tokenizer"
     second = "" if config_name == "default" else f", {config_name!r}"
     where = f"`{details['tokenizer']}`" if details["tokenizer"] else "a tokenizer that is not named here"
     lines = [
-        f"# {repo_id.split('/')[-1]}",
+        f"## Configuration `{config_name}`",
         "",
-        f"{what} for training a language model to answer with semantic IDs (SIDs), made with rqsid.",
+        f"{what}.",
         "",
-        "## Columns",
+        "### Columns",
         "",
         "| column | type | meaning |",
         "|---|---|---|",
@@ -246,7 +293,7 @@ def _card_text(repo_id, config_name, details, features, infos, license):
             for name, feature in features.items()
         ),
         "",
-        "## Splits",
+        "### Splits",
         "",
         "| split | rows | bytes in memory | bytes of Parquet |",
         "|---|---|---|---|",
@@ -255,7 +302,7 @@ def _card_text(repo_id, config_name, details, features, infos, license):
             for name, info in infos.items()
         ),
         "",
-        "## Made for",
+        "### Made for",
         "",
         "| | |",
         "|---|---|",
@@ -267,7 +314,7 @@ def _card_text(repo_id, config_name, details, features, infos, license):
         if is_tokenized
         else "Purchases fit each tokenizer whose catalog holds their products.",
         "",
-        "## Use",
+        "### Use",
         "",
         "```python",
         "from datasets import load_dataset",
@@ -279,10 +326,5 @@ def _card_text(repo_id, config_name, details, features, infos, license):
         f"trainer = SIDTrainer({'base/model'!r}, arguments, dataset[{next(iter(infos))!r}], processing_class=tokenizer)",
         "trainer.train()",
         "```",
-        "",
-        "## Licence",
-        "",
-        f"`{license}`" if license else "None is given. Ask whoever published this before you use it.",
-        "",
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`push_prompts` and `load_dataset`: equal rows and features, one commit, and prompts of other codebooks refused."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -159,6 +160,41 @@ def test_purchases_and_other_configurations(hub, hub_client, tokenizer, prompts)
     configs = DatasetCard(hub.files("org/prompts", revision="trial", repo_type="dataset")["README.md"].decode())
     assert [entry["config_name"] for entry in configs.data.configs] == ["default", "few", "purchases"]
     check_prompts("org/prompts", tokenizer, config_name="purchases")
+    # the text has a section of each, and that of another is not lost
+    assert re.findall("^## (.*)", configs.text, re.M) == [
+        *(f"Configuration `{name}`" for name in ("default", "few", "purchases")),
+        "Licence",
+    ]
+    section = configs.text.split("## Configuration `purchases`")[1]
+    assert (
+        f"| train | {len(purchases)} |" in section
+        and 'load_dataset("org/prompts", "purchases")' in section.replace("'", '"')
+    )
+
+
+@on_one
+def test_cards_of_data_sets(hub, hub_client, tokenizer, monkeypatch):
+    """Under the repository's full name; what somebody has made their own keeps its words; what cannot be read is not lost."""
+    where = {"path_in_repo": "README.md", "repo_id": "alice/prompts", "repo_type": "dataset"}
+    push_prompts(ROWS, tokenizer, "prompts")
+    push_prompts(ROWS[:3], tokenizer, "prompts", config_name="few")
+    card = DatasetCard(hub.files("alice/prompts", repo_type="dataset")["README.md"].decode())
+    assert [entry["config_name"] for entry in card.data.configs] == ["default", "few"]
+    assert "load_dataset('alice/prompts', 'few')" in card.text and "load_dataset('prompts'" not in card.text
+    own = f"---\nlicense: mit\nlanguage: de\ntags: [mine]\n{card.data.to_yaml()}\n---\n\n# My words\n"
+    own = own.replace("tags:\n- generative-retrieval\n- rqsid\n- semantic-ids\n", "")
+    hub_client.upload_file(path_or_fileobj=own.encode(), **where)
+    push_prompts(ROWS[:4], tokenizer, "prompts", config_name="more")
+    card = DatasetCard(hub.files("alice/prompts", repo_type="dataset")["README.md"].decode())
+    assert card.text.strip() == "# My words" and (card.data.license, card.data.language) == ("mit", "de")
+    assert card.data.tags[0] == "mine" and "rqsid" in card.data.tags
+    assert [entry["config_name"] for entry in card.data.configs] == ["default", "few", "more"]
+    # one that the Hub has not refused, as it refuses lists in place of a mapping
+    monkeypatch.setattr(DatasetCard, "load", lambda path: DatasetCard("---\n- license\n---\n"))
+    commits = len(hub.commits("alice/prompts", repo_type="dataset"))
+    with pytest.raises(ValueError, match="The card in alice/prompts has metadata that cannot be read"):
+        push_prompts(ROWS, tokenizer, "alice/prompts")
+    assert len(hub.commits("alice/prompts", repo_type="dataset")) == commits
 
 
 @on_one
