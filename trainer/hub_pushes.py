@@ -192,22 +192,27 @@ def _push(trainer, snapshot, card, card_options, in_background, token, private, 
 
     def push():
         try:
-            published = card_to_publish(card, card_options, repo_id, options["revision"], token)
-            if codebook_id is not None:
-                # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them.
-                if codebook_id not in pushed:
-                    commit = tokenizer.quantizer.push_to_hub(
-                        codebook_id,
-                        diagnosis=diagnosis,
-                        license=published.data.license,
-                        commit_message=f"Codebooks of {repo_id}",
-                        private=private,
-                        token=token,
-                    )
-                    pushed[codebook_id] = commit.oid
-                name_codebook(published, codebook_id, pushed[codebook_id])
-            published.save(os.path.join(snapshot, CARD_FILE))
-            return push_folder(snapshot, repo_id, token=token, private=private, **options)
+            # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them.
+            if codebook_id is not None and codebook_id not in pushed:
+                commit = tokenizer.quantizer.push_to_hub(
+                    codebook_id,
+                    diagnosis=diagnosis,
+                    license=card_options.get("license") or card.data.license,
+                    commit_message=f"Codebooks of {repo_id}",
+                    private=private,
+                    token=token,
+                )
+                pushed[codebook_id] = commit.oid
+
+            # Of the commit that is pushed onto, lest a card is lost that somebody writes while this is uploaded.
+            def add_card(api, repo_id, head):
+                published = card_to_publish(card, card_options, api, repo_id, head)
+                if codebook_id is not None:
+                    name_codebook(published, codebook_id, pushed[codebook_id])
+                published.save(os.path.join(snapshot, CARD_FILE))
+                return []
+
+            return push_folder(snapshot, repo_id, token=token, private=private, prepare=add_card, **options)
         except Exception as error:
             if in_background:  # at once, since nobody may ask for the result
                 logger.warning(f"A push to {repo_id} failed ({options['commit_message']}): {_one_line(error)}")
@@ -239,7 +244,7 @@ def _finish_pushes():
 threading._register_atexit(_finish_pushes)
 
 
-def card_to_publish(card, options, repo_id, revision, token):
+def card_to_publish(card, options, api, repo_id, revision=None):
     """
     The card that goes to a repository: the one that is there, with new metadata, if somebody has made it their own there.
 
@@ -249,20 +254,20 @@ def card_to_publish(card, options, repo_id, revision, token):
             from the one that is there.
         options (`dict`):
             Arguments of [`model_card`] that were given, which count more.
-        repo_id, revision, token:
-            The repository, its branch, and a token.
+        api (`HfApi`):
+            With a token, if it takes one.
+        repo_id, revision (`str`):
+            The repository, and its branch or commit.
 
     Returns:
         `ModelCard`
 
     Raises:
         `ValueError`: if the metadata there cannot be read.
-        `PermissionError`, `ConnectionError`: as [`~rqsid.sid_tokenizer.hub.push_folder`].
     """
     if not is_generated(card):
         return card
-    with hub_errors(repo_id, token):
-        there = _download_card(HfApi(token=token, library_name="rqsid"), repo_id, revision)
+    there = _download_card(api, repo_id, revision)
     try:
         theirs = None if there is None else ModelCard(there)
     except Exception as error:  # what YAML makes of anything that somebody may have written

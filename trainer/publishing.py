@@ -124,9 +124,9 @@ def publish_run(
         namespace = model_id.split("/")[0]
         stage_run(run, staging, model_id)
         card = finish_card(run, staging, model_id, license)
-        card = card_to_publish(card, {"license": license}, model_id, revision, token)
+        api = HfApi(token=token, library_name="rqsid")
         with hub_errors(model_id, token):
-            card.validate()
+            card_to_publish(card, {"license": license}, api, model_id, revision).validate()
 
         if codebook_id is not None:
             diagnosis = diagnose_catalog(run.tokenizer.catalog, run.tokenizer.cache)
@@ -134,12 +134,19 @@ def publish_run(
                 codebook_id, **options, **branch, license=license, diagnosis=diagnosis
             )
             published["codebook"] = _entry(commit)
-            name_codebook(card, codebook_id, commit.oid)
         if metrics:
             published |= push_metrics(space_namespace or namespace, **options)
-        with replace_atomically(os.path.join(staging, CARD_FILE)) as temporary:
-            card.save(temporary)
-        commit = push_folder(staging, model_id, **options, **branch, delete_patterns=STALE)
+
+        # Of the commit that is pushed onto, lest a card is lost that somebody writes while this is uploaded.
+        def add_card(api, model_id, head):
+            final = card_to_publish(card, {"license": license}, api, model_id, head)
+            if codebook_id is not None:
+                name_codebook(final, codebook_id, published["codebook"]["commit"])
+            with replace_atomically(os.path.join(staging, CARD_FILE)) as temporary:
+                final.save(temporary)
+            return []
+
+        commit = push_folder(staging, model_id, **options, **branch, delete_patterns=STALE, prepare=add_card)
         published["adapter" if run.is_adapter else "model"] = _entry(commit)
     if collection is not None:
         published["collection"] = _collect(published, collection, namespace, **options)

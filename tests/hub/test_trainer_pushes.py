@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fresh_process import run_fresh
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft import LoraConfig
 from pushing_training import make_tokenizer, make_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -246,15 +246,27 @@ def test_an_adapter_takes_the_place_of_a_model(make, hub, tokenizer, make_tiny_m
     AutoModelForCausalLM.from_pretrained("alice/m", revision=whole)
 
 
-def test_a_card_that_somebody_made_their_own(make, hub, hub_client):
+def test_a_card_that_somebody_made_their_own(make, hub, hub_client, monkeypatch):
     trainer = make(evaluation=4, save_strategy="no")
     trainer.push_to_hub()
     text = "---\nlicense: mit\ntags: [mine]\n---\n\nMy words.\n"
     hub_client.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="alice/m")
     trainer.evaluate()
+    # they change it once more while the push uploads
+    text, uploads = text.replace("My", "My last"), []
+
+    def edit(**kwargs):
+        if not uploads:
+            uploads.append(kwargs)
+            hub_client.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="alice/m")
+        return create_commit(**kwargs)
+
+    create_commit = HfApi.create_commit
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *args, **kwargs: edit(self=self, **kwargs))
     trainer.push_to_hub(language="en")
+    assert uploads
     card = ModelCard(hub.files("alice/m")["README.md"].decode())
-    assert card.text.strip() == "My words." and card.data.license == "mit" and card.data.language == "en"
+    assert card.text.strip() == "My last words." and card.data.license == "mit" and card.data.language == "en"
     assert card.data.tags[0] == "mine" and "rqsid" in card.data.tags
     assert card.data.eval_results[0].metric_type == "item_recall@1"
 
