@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
@@ -33,7 +34,7 @@ def run_cells(out, experiment, cells, compute, code=CODE):
             Settings, JSON-able, `seed` among them. What a result depends on must be there, the data's digest included.
         compute (`Callable`):
             `compute(settings, checkpoint_dir)` gives the result, JSON-able.
-        code (sequence of `str`, *optional*):
+        code (`tuple[str]`, *optional*):
             Folders of the checkout that results depend on; those of the quantizers if not given.
 
     Returns:
@@ -53,7 +54,6 @@ def run_cells(out, experiment, cells, compute, code=CODE):
         _repair(path)
         finished = {line["hash"] for line in read_cells(out, experiment)}
         missing = [(name, settings) for name, settings in zip(hashes, cells, strict=True) if name not in finished]
-        started_from = commit(code)  # not later: what runs is the code that was imported
         for at, (name, settings) in enumerate(missing):
             checkpoint_dir = Path(out) / "checkpoints" / experiment / name
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -63,7 +63,7 @@ def run_cells(out, experiment, cells, compute, code=CODE):
                 "hash": name,
                 "settings": settings,
                 "seed": settings.get("seed"),
-                "commit": started_from,
+                "commit": commit(code),
                 "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
                 "cpu_seconds": round(time.process_time() - cpu_started, 2),
                 "seconds": round(time.perf_counter() - started, 2),
@@ -112,8 +112,12 @@ def cell_hash(settings):
     return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
+@cache
 def commit(code=CODE):
-    """The commit of this checkout, with `+changes` if that code differs from it; `None` without git."""
+    """
+    The commit of this checkout, with `+changes` if that code differs from it; `None` without git. Asked for once, at the
+    start, since what runs is the code that was imported then.
+    """
     root = Path(__file__).parents[2]
 
     def git(*arguments):

@@ -91,6 +91,12 @@ def _encode(encoder, texts, max_seq_length=None):
 
 def _train_tower(catalogue, folder, seed):
     """The tower of the embedding example, trained on this catalogue's training rows. Returns the folder of the model."""
+    train = catalogue.splits["train"]
+    if len(train) < TOWER["per_device_train_batch_size"]:
+        raise ValueError(
+            f"{len(train)} training rows do not fill a batch of {TOWER['per_device_train_batch_size']}, so that there is no "
+            "dual tower. Use sentence embeddings alone: --embeddings 'sentence encoder'."
+        )
     example = Path(__file__).parents[1] / "embed_products"
     sys.path.insert(0, str(example))
     try:
@@ -101,12 +107,6 @@ def _train_tower(catalogue, folder, seed):
     finally:
         sys.path.remove(str(example))
 
-    train = catalogue.splits["train"]
-    if len(train) < TOWER["per_device_train_batch_size"]:
-        raise ValueError(
-            f"{len(train)} training rows do not fill a batch of {TOWER['per_device_train_batch_size']}, so that there is no "
-            "dual tower. Use sentence embeddings alone: --embeddings 'sentence encoder'."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     products, pairs = str(folder / "products.parquet"), str(folder / "pairs.parquet")
     pq.write_table(pa.table({"product_id": catalogue.product_ids, "text": catalogue.texts}), products)
@@ -132,6 +132,7 @@ def _train_tower(catalogue, folder, seed):
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
+        disable_tqdm=True,
     )
     args.learning_rate = None  # the example's own
     return train_tower(script, args, lambda: stream_products(products, "product_id", ["text"], 100_000))

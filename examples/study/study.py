@@ -16,6 +16,7 @@ import argparse
 import causes as causes_module
 import picture as picture_module
 from catalogues import load_catalogue
+from cells import commit
 from item_embeddings import KINDS, embed
 from tables import write_tables
 from transformers.utils import logging
@@ -24,6 +25,7 @@ from transformers.utils import logging
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     logging.set_verbosity_error()
+    commit()  # before anything that takes time, during which files may change
     if args.experiment in ("published", "picture", "all"):
         run_published(args)
     if args.experiment in ("picture", "all"):
