@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .untrusted import MAX_BYTES, file_bytes, parse_json, read_header, shown
+from .untrusted import MAX_BYTES, MAX_VALUES, file_bytes, parse_json, read_header, shown
 
 
 @contextmanager
@@ -45,23 +45,24 @@ def write_json(path, content):
             file.write("\n")
 
 
-def read_json(path, max_bytes=MAX_BYTES):
+def read_json(path, max_bytes=MAX_BYTES, max_values=MAX_VALUES):
     """
     Raises:
-        `ValueError`: naming the file, if it is no JSON object that [`parse_json`] takes, or longer than `max_bytes`.
+        `ValueError`: naming the file, if it is no JSON object that [`parse_json`] takes, or longer than `max_bytes`, or of more than
+            `max_values`.
     """
     name, size = os.path.basename(path), file_bytes(path)
     if size > max_bytes:
         raise ValueError(f"{name} holds {size} bytes, more than the {max_bytes} that are accepted.")
     try:
         with open(path, "rb") as file:
-            content = parse_json(file.read(size))
+            content = parse_json(file.read(size), max_values)
     except ValueError as error:
         raise ValueError(
-            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save it again."
+            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save or download it again."
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{name} must hold a JSON object, found {type(content).__name__}. Save it again.")
+        raise ValueError(f"{name} must hold a JSON object, found {type(content).__name__}. Save or download it again.")
     return content
 
 

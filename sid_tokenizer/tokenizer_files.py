@@ -4,7 +4,8 @@ import os
 from contextlib import contextmanager
 from json import JSONDecodeError
 
-from .untrusted import file_bytes, parse_json, shown
+from .files import read_json
+from .untrusted import file_bytes, shown
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_CONFIG_BYTES = 256 * 2**20
@@ -39,22 +40,11 @@ def check_tokenizer_config(path):
             `tokenizer_config.json`, if there is one.
 
     Raises:
-        `ValueError`: if it is no JSON object, too large or too deep, or sets what is no setting.
+        `ValueError`: if it is no JSON object, too large or too deep, lists too many tokens, or sets what is no setting.
     """
     if path is None:
         return
-    name, size = os.path.basename(path), file_bytes(path)
-    if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{name} holds {size} bytes, more than the {MAX_CONFIG_BYTES} that are accepted.")
-    try:
-        with open(path, "rb") as file:
-            config = parse_json(file.read(size), MAX_CONFIG_VALUES)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} is not valid JSON ({error}): it is truncated or was edited. Save or download the bundle again."
-        ) from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{name} must hold a JSON object, found {type(config).__name__}. Save the bundle again.")
+    name, config = os.path.basename(path), read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     if isinstance(extra, list | dict) and len(extra) > MAX_EXTRA_TOKENS:
         raise ValueError(
