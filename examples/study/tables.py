@@ -164,7 +164,7 @@ def _contrast_table(cells, keys):
     """What the initialisation changes, paired by seed, and whether an hourglass is still there after relocation."""
     lines = [
         "Score with plain random initialisation and with relocation, and their difference, paired by seed. An hourglass that "
-        "relocation removes was made by the training, one that stays is the data's.",
+        "relocation removes was made by the training, one that stays is the data's, one that comes with it was hidden.",
         "",
         "| " + " | ".join([*keys.values(), "random", "relocated", "random - relocated", "hourglass in"]) + " |",
         "|---" * (len(keys) + 4) + "|",
