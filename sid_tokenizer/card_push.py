@@ -54,7 +54,7 @@ def push_saved(
         def add_card(api, repo_id, head):
             if check is not None:
                 check(api, repo_id, head)
-            there = _download_card(api, repo_id, head)
+            there = download_card(api, repo_id, head)
             for name in filter(os.path.exists, (path, figure)):
                 os.remove(name)
             if there is None or generated_comment(kind) in there:
@@ -99,7 +99,7 @@ def download(api, repo_id, filename, revision):
         return None
 
 
-def _download_card(api, repo_id, revision):
+def download_card(api, repo_id, revision):
     """Its text, or `None`. A branch that there is none of yet will begin where `main` is."""
     try:
         path = download(api, repo_id, CARD_FILE, revision)

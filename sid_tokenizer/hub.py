@@ -4,6 +4,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import time
 from contextlib import contextmanager
 from json import JSONDecodeError
 
@@ -27,6 +28,7 @@ PICKLES = ("*.bin", "*.ckpt", "*.joblib", "*.pickle", "*.pkl", "*.pt", "*.pth")
 # What a save or an upload in progress leaves beside the files that count.
 NEVER_PUSHED = [".cache/*", ".git/*", "*/.git/*", ".sid_*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
 ATTEMPTS = 5
+LONGEST_WAIT = 120.0  # seconds
 
 
 def push_folder(
@@ -53,8 +55,8 @@ def push_folder(
 
     `HfApi.upload_folder` commits in several batches where `hf_xet` is installed, and takes a file for unchanged although
     somebody else may change it before the commit: a repository could end up with files of two states. Here the commit names
-    the one that the folder was compared with, and is made anew if the branch has moved. Files that have not changed are not
-    uploaded, nor are those that an earlier push, cut off half-way, had uploaded already.
+    the one that the folder was compared with, and is made anew if the branch has moved or the Hub was busy. Files that have not
+    changed are not uploaded, nor are those that an earlier push, cut off half-way, had uploaded already.
 
     Args:
         folder (`str`):
@@ -138,10 +140,13 @@ def push_folder(
                     parent_commit=head,
                 )
                 break
-            except HfHubHTTPError as error:
-                if error.response.status_code != 412 or attempt == ATTEMPTS - 1:
+            except HTTPError as error:
+                seconds = _seconds_to_wait(error, attempt)
+                if seconds is None or attempt == ATTEMPTS - 1:
                     raise
-                logger.info(f"{repo_id} changed while it was being pushed to; comparing anew.")
+                # With a new comparison: the commit may have been made although the answer was lost.
+                logger.info(f"{repo_id} changed, or was busy, while it was being pushed to; comparing anew.")
+                time.sleep(seconds)
         if tag is not None:
             api.create_tag(**where, tag=tag, revision=commit.oid, exist_ok=True)
     return commit
@@ -177,6 +182,18 @@ def hub_errors(repo_id, token=None):
         if not str(error).startswith("Invalid metadata"):
             raise
         raise ValueError(f"The card for {repo_id} is not valid: {_one_line(error, token)}") from None
+
+
+def _seconds_to_wait(error, attempt):
+    """Before a commit is tried again, which the client does not do by itself; `None` for what will not pass."""
+    if not isinstance(error, HfHubHTTPError):
+        return 2.0**attempt  # a connection that broke
+    if error.response.status_code == 412:  # the branch has moved
+        return 0.0
+    if error.response.status_code not in (408, 429, 500, 502, 503, 504):
+        return None
+    told = error.response.headers.get("Retry-After", "")
+    return min(float(told), LONGEST_WAIT) if told.isdecimal() else 2.0**attempt
 
 
 def _operations(api, folder, names, where, head, delete_patterns):

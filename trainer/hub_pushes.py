@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
-from ..sid_tokenizer.card_push import CARD_FILE, _download_card
+from ..sid_tokenizer.card_push import CARD_FILE, download_card
 from ..sid_tokenizer.card_sections import FIGURE_FILE, diagnose_catalog
 from ..sid_tokenizer.files import read_json, write_json
 from ..sid_tokenizer.hub import PICKLES, hub_errors, push_folder
@@ -267,7 +267,7 @@ def card_to_publish(card, options, api, repo_id, revision=None):
     """
     if not is_generated(card):
         return card
-    there = _download_card(api, repo_id, revision)
+    there = download_card(api, repo_id, revision)
     try:
         theirs = None if there is None else ModelCard(there)
     except Exception as error:  # what YAML makes of anything that somebody may have written

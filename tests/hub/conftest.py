@@ -13,6 +13,8 @@ import pytest
 import transformers
 from loopback_hub import LoopbackHub
 
+import rqsid.sid_tokenizer.hub
+
 LIBRARIES = ("huggingface_hub", "transformers", "datasets", "evaluate", "peft", "accelerate")
 REMOTE_CODE = ("transformers_modules", "evaluate_modules", "datasets_modules")
 
@@ -85,6 +87,7 @@ def hub_client(hub, monkeypatch, tmp_path):
     clock = SimpleNamespace(sleep=hub.slept.append)
     monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
     monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
+    monkeypatch.setattr(rqsid.sid_tokenizer.hub, "time", clock)
 
     # Code that other tests loaded from other caches lies in modules of the same names.
     monkeypatch.syspath_prepend(str(modules_cache))

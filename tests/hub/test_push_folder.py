@@ -151,6 +151,19 @@ def test_busy_servers_are_waited_for(hub, hub_client, folder):
     push_folder(str(folder), "alice/m")
     assert texts(hub)["model.safetensors"] == "a" * 50_000 and hub.slept
 
+    # the client does not repeat commits; and one may have been made though its answer was lost
+    hub.slept.clear()
+    write(folder, {"config.json": '{"a": 1}'})
+    hub.fail(status=429, path="/commit/", retry_after=7)
+    hub.fail(status=503, path="/commit/")
+    push_folder(str(folder), "alice/m")
+    assert hub.slept == [7.0, 2.0] and texts(hub)["config.json"] == '{"a": 1}'
+    commits = len(hub.commits("alice/m"))
+    write(folder, {"config.json": '{"a": 2}'})
+    hub.fail(path="/commit/", cut_after=10**6)
+    assert push_folder(str(folder), "alice/m").oid == hub.commits("alice/m")[0]["id"]
+    assert len(hub.commits("alice/m")) == commits + 1 and texts(hub)["config.json"] == '{"a": 2}'
+
 
 @pytest.mark.parametrize(
     "token, kind, words",
