@@ -192,23 +192,26 @@ def _push(trainer, snapshot, card, card_options, in_background, token, private, 
 
     def push():
         try:
-            # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them.
-            if codebook_id is not None and codebook_id not in pushed:
+            # Once: what a tokenizer's SIDs are made of does not change while a model is trained on them; its licence may be said late.
+            license = card_options.get("license") or card.data.license
+            if codebook_id is not None and (
+                codebook_id not in pushed or license not in (None, pushed[codebook_id][1])
+            ):
                 commit = tokenizer.quantizer.push_to_hub(
                     codebook_id,
                     diagnosis=diagnosis,
-                    license=card_options.get("license") or card.data.license,
+                    license=license,
                     commit_message=f"Codebooks of {repo_id}",
                     private=private,
                     token=token,
                 )
-                pushed[codebook_id] = commit.oid
+                pushed[codebook_id] = commit.oid, license
 
             # Of the commit that is pushed onto, lest a card is lost that somebody writes while this is uploaded.
             def add_card(api, repo_id, head):
                 published = card_to_publish(card, card_options, api, repo_id, head)
                 if codebook_id is not None:
-                    name_codebook(published, codebook_id, pushed[codebook_id])
+                    name_codebook(published, codebook_id, pushed[codebook_id][0])
                 published.save(os.path.join(snapshot, CARD_FILE))
                 return []
 

@@ -213,6 +213,10 @@ def test_codebook_branch_and_tag(make, hub, tokenizer):
     # Another push of the same state is none.
     assert trainer.push_to_hub(revision="candidate", private=True, tags="new").oid == info.oid
     assert len(hub.commits("alice/codebook")) == 1
+    # A licence that is said late goes to both.
+    trainer.push_to_hub(license="mit")
+    for name in ("alice/m", "alice/codebook"):
+        assert ModelCard(hub.files(name)["README.md"].decode()).data.license == "mit"
 
 
 def test_an_adapter_takes_the_place_of_a_model(make, hub, tokenizer, make_tiny_model, tmp_path):
