@@ -1,5 +1,7 @@
 """Where k-means starts: `random`, `k-means++` or `staged`."""
 
+import math
+
 import torch
 
 from .assignment import chunk_rows, nearest_codes
@@ -49,7 +51,9 @@ def _distinct_rows(points, num_codes):
 
 def _plus_plus(points, num_codes, seed):
     generator = torch.Generator().manual_seed(seed)
-    num_candidates = 2 + num_codes.bit_length()  # 2 + log K, as scikit-learn
+    num_candidates = 2 + int(
+        math.log(num_codes)
+    )  # as scikit-learn; more of them pick outliers, as the farthest points are
     squares = points.square().sum(1)
     chosen = torch.empty(num_codes, dtype=torch.int64, device=points.device)
     chosen[0] = torch.randint(len(points), (1,), generator=generator)
