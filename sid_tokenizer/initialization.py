@@ -9,6 +9,8 @@ from .kmeans import lloyd
 
 INITIALIZATIONS = ("random", "k-means++", "staged")
 STAGED_ITERATIONS = 6
+# Of fewer, high-dimensional ones, too many are outliers whose codes stay empty.
+PLUS_PLUS_POINTS = 64  # for a code
 
 
 def initial_codebook(sample, num_codes, init="random", seed=0, relocation_threshold=0.0):
@@ -22,7 +24,7 @@ def initial_codebook(sample, num_codes, init="random", seed=0, relocation_thresh
             - `"random"`: K of the points, no two alike.
             - `"k-means++"`: points drawn one after the other with probability proportional to their squared distance from
               the nearest one drawn so far (Arthur and Vassilvitskii 2007), the best of several candidates each time, from
-              at most 16 K points.
+              at most 64 K points.
             - `"staged"`: k-means on the first few principal components, then on more, in which the codes of the stage
               before give the start (the idea of the progressive-dimension training of residual quantizers in faiss).
         seed (`int`, *optional*, defaults to 0):
@@ -34,7 +36,7 @@ def initial_codebook(sample, num_codes, init="random", seed=0, relocation_thresh
         `torch.Tensor`: the codebook. Shape: (K, D).
     """
     if init == "k-means++":
-        return _plus_plus(sample[: 16 * num_codes], num_codes, seed)
+        return _plus_plus(sample[: PLUS_PLUS_POINTS * num_codes], num_codes, seed)
     if init == "staged":
         return _staged(sample, num_codes, seed, relocation_threshold)
     return _distinct_rows(sample[: 4 * num_codes], num_codes)

@@ -190,7 +190,8 @@ def _even_kmeans(points, starts, parts, capacity, seed, num_iterations, cosine):
 
     chosen, least = None, (parts + 1,)
     for init in ("k-means++", "random"):
-        centres = initial_codebook(starts, parts, init, seed)
+        # Of few points, since the farthest of many are nobody's centre.
+        centres = initial_codebook(starts[: 16 * parts], parts, init, seed)
         prices, before = torch.zeros(parts, device=points.device), None
         steps = torch.full_like(prices, FIRST_STEP * squares / len(points))
         own, own_iteration = (parts + 1,), 0

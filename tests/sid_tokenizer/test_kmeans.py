@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rqsid import ResidualQuantizer, ResidualQuantizerConfig
 from rqsid.sid_tokenizer.initialization import initial_codebook
 from rqsid.sid_tokenizer.kmeans import cluster_sums, lloyd
 from rqsid.sid_tokenizer.relocation import relocate
@@ -175,3 +176,12 @@ def test_the_cluster_with_the_most_to_gain_is_split():
     before, after, changed = relocated(points, codebook)
     assert distances(ball, before[:1]).sum() > 4 * distances(line, before[1:2]).sum()
     assert changed == [2, 1] and torch.equal(after[0], before[0])
+
+
+def test_plus_plus_leaves_no_codes_to_outliers():
+    """Points without clusters: of a smaller sample, or with more candidates, half of the codes of later layers held nothing."""
+    points = torch.randn(8000, 64, generator=torch.Generator().manual_seed(0))
+    config = ResidualQuantizerConfig(codebook_sizes=[64, 64, 64], init="k-means++", relocation_threshold=0.0)
+    codes = ResidualQuantizer(config).fit(points).encode(points)
+    counts = torch.bincount(codes[:, 2], minlength=64)
+    assert (counts < 20).sum() <= 2 and counts.max() < 250
