@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 # Formats that run code when they are opened, or may.
 PICKLES = ("*.bin", "*.ckpt", "*.joblib", "*.pickle", "*.pkl", "*.pt", "*.pth")
 # What a save or an upload in progress leaves beside the files that count.
-NEVER_PUSHED = [".cache/*", ".git/*", "*/.git/*", ".sid_*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
+NEVER_PUSHED = [".cache/*", ".git/*", "*/.git/*", ".sid_*", "*/.sid_*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
 ATTEMPTS = 5
 LONGEST_WAIT = 120.0  # seconds
 
