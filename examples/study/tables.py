@@ -21,7 +21,7 @@ items weighted by training purchases, where there are any. ± is the standard de
 """
 ABOUT_INITS = """
 *random, no relocation*: K points, then k-means. *k-means++, no relocation*: that of `ResidualQuantizerConfig(init="k-means++")`, which
-draws the best of 2 + log2 K candidates from 16 K points. *relocated*: random, then under-used codes are moved to split clusters of
+draws the best of 2 + log K candidates from 64 K points. *relocated*: random, then under-used codes are moved to split clusters of
 large error, the library's default.
 """
 
