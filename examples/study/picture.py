@@ -6,13 +6,12 @@ evenly in the SIDs that others have published?
 import numpy as np
 from balance import measure
 from cells import run_cells
+from codes import fit_quantizer
 
-from rqsid import RQVAE, ResidualQuantizer, ResidualQuantizerConfig, RQVAEConfig
 from rqsid.sid_tokenizer.index_files import read_index
 
 SIZES, LAYERS, SEEDS = (64, 256), (3, 4), (0, 1, 2)
 QUANTIZERS, INITS = ("RQ-KMeans", "RQ-VAE"), ("random, no relocation", "relocated")
-LONG = 1e10  # products x dimensions x codes, from which on a fit is worth a checkpoint after each pass
 
 
 def picture(
@@ -81,17 +80,8 @@ def picture(
 
 
 def quantize(embeddings, settings, codebook_sizes, checkpoint_dir):
-    """Codes, shape (N, L), and the relative error. What is called relocated is each quantizer's default."""
-    relocated, seed = settings["init"] == "relocated", settings["seed"]
-    if settings["quantizer"] == "RQ-KMeans":
-        options = {} if relocated else {"relocation_threshold": 0}
-        config = ResidualQuantizerConfig(codebook_sizes=codebook_sizes, init="random", seed=seed, **options)
-        is_long = embeddings.size * sum(codebook_sizes) > LONG
-        quantizer = ResidualQuantizer(config).fit(embeddings, checkpoint_dir=checkpoint_dir if is_long else None)
-    else:
-        options = {} if relocated else {"init": "random", "revive_threshold": 0}
-        config = RQVAEConfig(codebook_sizes=codebook_sizes, num_epochs=settings["epochs"], seed=seed, **options)
-        quantizer = RQVAE(config).fit(embeddings)
+    """Codes, shape (N, L), and the relative error."""
+    quantizer = fit_quantizer(embeddings, settings, codebook_sizes, checkpoint_dir)
     return quantizer.encode(embeddings), quantizer.relative_error(embeddings)
 
 

@@ -1,13 +1,14 @@
 """
-The study: what happens to the tokens of residual quantization, on any catalogue.
+The study: what happens to the tokens of residual quantization, on any catalogue, and what that does to a model.
 
     python examples/study/study.py picture --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
     python examples/study/study.py published --data DIR --out runs/study
     python examples/study/study.py causes --out runs/study
     python examples/study/study.py all --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
+    python examples/study/study.py remedies --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
     python examples/study/study.py tables --out runs/study
 
-Each command goes on where an earlier one stopped: what `--out` holds of finished cells is not computed again. `tables` are
+`harm`, `probes` and `remedies` train language models, and are not part of `all`. Each command goes on where an earlier one stopped: what `--out` holds of finished cells is not computed again. `tables` are
 also written at the end of every other command. See README.md for the layouts of `--data`.
 """
 
@@ -15,11 +16,15 @@ import argparse
 
 import causes as causes_module
 import picture as picture_module
+import training_cells
 from catalogues import load_catalogue
 from cells import commit
 from item_embeddings import KINDS, embed
 from tables import write_tables
+from training_tables import write_training_tables
 from transformers.utils import logging
+
+TRAINING = ("harm", "probes", "remedies")
 
 
 def main(arguments=None):
@@ -32,12 +37,14 @@ def main(arguments=None):
         run_picture(args)
     if args.experiment in ("causes", "all"):
         run_causes(args)
-    print(f"Tables: {write_tables(args.out)}")
+    if args.experiment in TRAINING:
+        run_training(args)
+    print(f"Tables: {write_tables(args.out) + write_training_tables(args.out)}")
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["published", "picture", "causes", "all", "tables"])
+    parser.add_argument("experiment", choices=["published", "picture", "causes", "all", *TRAINING, "tables"])
     parser.add_argument("--data", action="append", help="A folder, or completejourney; may be repeated.")
     parser.add_argument("--out", default="runs/study", help="Folder of results.")
     parser.add_argument(
@@ -47,10 +54,19 @@ def make_parser():
         "--embeddings", choices=KINDS, action="append", help="Which; all that are possible if not given."
     )
     parser.add_argument("--max_seq_length", type=int, default=128, help="Tokens of a text that the encoder reads.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=None, help="Codes per layer; 64 and 256 if not given.")
-    parser.add_argument("--layers", type=int, nargs="+", default=None, help="Layers; 3 and 4 if not given.")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=None,
+        help="Codes per layer; 64 and 256 if not given, 128 for training.",
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=None, help="Layers; 3 and 4 if not given, 3 for training."
+    )
     parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
+    parser.add_argument("--epochs", type=int, default=None, help="Of language models; 20 if not given.")
     parser.add_argument("--quick", action="store_true", help="The smallest cells: a minute, and says nothing.")
     return parser
 
@@ -78,6 +94,27 @@ def run_causes(args):
     options = {"num_items": 1000, "dim": 8, "sizes": [16], "seeds": [0, 1]} if args.quick else {}
     options |= {name: getattr(args, name) for name in ("sizes", "seeds") if getattr(args, name)}
     causes_module.causes(args.out, **options)
+
+
+def run_training(args):
+    """The first of the embeddings that are possible; with `--sizes` and `--layers` every pair of those for harm, one for the others."""
+    if not args.data:
+        raise SystemExit("--data is missing: a folder of purchases and products, or completejourney.")
+    kind = (args.embeddings or ["sentence encoder" if args.encoder else "dual tower"])[0]
+    sizes = args.sizes or [16 if args.quick else training_cells.SIZE]
+    layers = args.layers or [training_cells.LAYERS]
+    options = {"seeds": args.seeds or ([0] if args.quick else training_cells.SEEDS)}
+    options |= {"quick": args.quick, "epochs": args.epochs}
+    if args.experiment != "harm":
+        if len(sizes) > 1 or len(layers) > 1:
+            raise SystemExit(f"{args.experiment} takes one of --sizes and one of --layers, got {sizes} and {layers}.")
+        options |= {"size": sizes[0], "layers": layers[0]}
+    elif args.sizes or args.layers or args.quick:
+        options["configurations"] = [(size, count) for size in sizes for count in layers]
+    for data in args.data:
+        catalogue = load_catalogue(data)
+        embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
+        getattr(training_cells, args.experiment)(catalogue, embeddings, described, args.out, **options)
 
 
 if __name__ == "__main__":
