@@ -135,9 +135,10 @@ def build_catalog(catalogue, codes, arm, embeddings):
 def base_tokenizer(catalogue, vocab_size):
     """A small byte-level BPE of what training prompts say beside SIDs, each text once, in the order of the alphabet."""
     train = catalogue.splits["train"]
-    texts = sorted(set(zip(train["profile"][:], train["query"][:], strict=True)))
+    texts = sorted(set(zip(train["profile"][:], train["query"][:], strict=True)) - {("", "")})
     template = PromptTemplate()
-    prompts = [template.split({"profile": profile, "query": query})[0] for profile, query in texts]
+    prompts = [template.answer]  # all that there is where neither profiles nor queries are
+    prompts += [template.split({"profile": profile, "query": query})[0] for profile, query in texts]
     return import_example("quickstart", "arms").train_base_tokenizer(prompts, vocab_size)
 
 

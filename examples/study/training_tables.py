@@ -12,6 +12,7 @@ EXPERIMENTS = {"harm": "The harm", "probes": "The probes", "remedies": "The reme
 RECALL, NDCG = (1, 5, 10, 50), (5, 10)
 METRICS = (*(f"Recall@{k}" for k in RECALL), *(f"NDCG@{k}" for k in NDCG), "MRR")
 RESAMPLES, CHUNK = 1000, 50
+LETTERS = "abcdefgh"
 LEGEND = """
 Item-level: a row is a hit where the product bought is ranked, not only its SID; products that share a SID come by training purchases.
 One target a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean over
@@ -116,14 +117,28 @@ def interval(values, users, seed=0):
     Returns:
         `np.ndarray`: Shape: (2, M).
     """
+    values = np.asarray(values)
+    means = _resampled_means(values, np.ones(len(values)), users, seed)
+    return np.quantile(means, (0.025, 0.975), axis=0)
+
+
+def interval_of_difference(values, is_head, users, seed=0):
+    """As [`interval`], of the mean over the rows of one group minus that over the others: values, `is_head` of shape (R,)."""
+    means = [_resampled_means(values[:, None], group.astype(float), users, seed) for group in (is_head, ~is_head)]
+    return np.nanquantile(means[0] - means[1], (0.025, 0.975), axis=0)
+
+
+def _resampled_means(values, weights, users, seed):
+    """The weighted means of [`interval`]'s resamples, NaN where all weights are zero. Shape: (1000, M)."""
     users = np.unique(users, return_inverse=True)[1]
-    sizes = np.bincount(users).astype(float)
-    sums = np.stack([np.bincount(users, weights=column) for column in np.asarray(values).T], 1)
+    sizes = np.bincount(users, weights=weights)
+    sums = np.stack([np.bincount(users, weights=column * weights) for column in values.T], 1)
     random, means = np.random.default_rng(seed), []
     for _ in range(0, RESAMPLES, CHUNK):
         drawn = random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), CHUNK)
-        means.append(drawn @ sums / (drawn @ sizes)[:, None])
-    return np.quantile(np.concatenate(means), (0.025, 0.975), axis=0)
+        total = (drawn @ sizes)[:, None]
+        means.append(np.divide(drawn @ sums, total, out=np.full((CHUNK, sums.shape[1]), np.nan), where=total > 0))
+    return np.concatenate(means)
 
 
 def _blocks(cells):
@@ -170,31 +185,29 @@ def _paired_row(name, baseline, cells):
 
 def _group_table(arms):
     num_layers = len(next(iter(arms.values()))[0]["result"]["groups"]["items"])
-    names = [f"{'abcdefgh'[layer]} {group}" for layer in range(num_layers) for group in ("head", "tail")]
+    names = [f"{LETTERS[layer]} {group}" for layer in range(num_layers) for group in ("head", "tail", "head - tail")]
     lines = ["| arm | counted by | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for name, cells in arms.items():
         for kind in ("items", "interactions"):
-            columns = []
-            for layer in range(num_layers):
-                for letter in "ht":
-                    columns.append(_group_mean(cells, kind, layer, letter))
+            columns = [column for layer in range(num_layers) for column in _group_columns(cells, kind, layer)]
             lines.append(f"| {name} | {kind} | " + " | ".join(columns) + " |")
     return lines
 
 
-def _group_mean(cells, kind, layer, letter):
-    """Groups differ from seed to seed, with the codebooks: rows of all seeds, of which a user's are drawn together."""
-    values, users, total = [], [], 0
-    for cell in cells:
-        rows = np.array(list(cell["result"]["groups"][kind][layer])) == letter
-        values.append(metrics(cell["result"]["item_ranks"])[rows][:, [METRICS.index("Recall@10")]])
-        users.append(np.asarray(cell["result"]["users"])[rows])
-        total += len(rows)
-    values, users = np.concatenate(values), np.concatenate(users)
-    if not len(values):
-        return "no rows"
-    low, high = interval(values, users)
-    return f"{values.mean():.4f}{_brackets(low, high, 0)}, {len(values) / total:.0%} of rows"
+def _group_columns(cells, kind, layer):
+    """Groups differ from seed to seed, with the codebooks: rows of all seeds, of which those of a user are drawn together."""
+    at = METRICS.index("Recall@10")
+    values = np.concatenate([metrics(cell["result"]["item_ranks"])[:, at] for cell in cells])
+    users = np.concatenate([cell["result"]["users"] for cell in cells])
+    is_head = np.array(list("".join(cell["result"]["groups"][kind][layer] for cell in cells))) == "h"
+    columns = []
+    for group in (is_head, ~is_head):
+        mean = f"{values[group].mean():.4f}" if group.any() else "none"
+        columns.append(f"{mean} ({group.mean():.0%} of rows)")
+    if is_head.all() or not is_head.any():
+        return [*columns, ""]
+    low, high = interval_of_difference(values, is_head, users)
+    return [*columns, f"{values[is_head].mean() - values[~is_head].mean():+.4f}{_brackets(low, high, 0, '+')}"]
 
 
 def _cost_table(arms):

@@ -23,10 +23,13 @@ def modules():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """320 products of 5 categories, and 60 users who buy 3 to 30 of them."""
+    """320 products of 5 categories or none, and 60 users who buy 3 to 30 of them."""
     folder, random = tmp_path_factory.mktemp("data") / "made", np.random.default_rng(0)
     folder.mkdir()
-    items = {str(item): {"title": f"Thing {item}", "categories": f"All,Kind {item % 5}"} for item in range(320)}
+    items = {
+        str(item): {"title": f"Thing {item}", "categories": f"All,Kind {item % 5}" if item % 9 else ""}
+        for item in range(320)
+    }
     bought = {str(user): random.integers(0, 320, random.integers(3, 30)).tolist() for user in range(60)}
     (folder / "Made.inter.json").write_text(json.dumps(bought | {"short": [1, 2]}))
     (folder / "Made.item.json").write_text(json.dumps(items))
@@ -54,6 +57,21 @@ def test_sessions_hold_the_training_rows(modules, catalogue):
     assert max(len(session["products"]) for session in sessions) == 21
     held_out = sum(len(catalogue.splits[name]) for name in ("validation", "test"))
     assert held_out == 120 and catalogue.popularity.sum() >= len(learned)
+
+
+def test_next_item_needs_no_text(modules, catalogue, tmp_path):
+    training, plain = modules["training"], catalogue.without_queries()
+    points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
+    options = {"quantizer": "RQ-KMeans", "init": "relocated", "codebook_size": 16, "layers": 3, "seed": 0}
+    codes = modules["codes"].make_codes(plain, points, {}, tmp_path, **options)
+    catalog, quantizer = training.build_catalog(plain, codes, modules["training_cells"].UNPRUNED, points)
+    template = training.PromptTemplate(layout="session")
+    base = training.base_tokenizer(plain, 300)
+    tokenizer = training.SIDTokenizer.from_base(base, catalog, quantizer, prompt_template=template)
+    sessions = tokenizer.encode_sessions(training.sessions(plain))
+    assert sum(map(len, sessions["product_rows"])) == len(plain.splits["train"]) + sum(
+        len(row) > 3 or len(row) == 2 for row in plain.sequences
+    )
 
 
 def test_groups_by_hand(modules):
@@ -88,6 +106,14 @@ def test_metrics_by_hand(modules):
     assert tables.interval(rows, [0] * 50 + [1] * 50).tolist() == [[0.0], [1.0]]
     alone = tables.interval(rows, range(100))
     assert 0.35 < alone[0, 0] < 0.45 < 0.55 < alone[1, 0] < 0.65
+    # every user has a hit on the head and a miss on the tail: nothing is uncertain
+    values, is_head = np.array([1.0, 0.0] * 20), np.array([True, False] * 20)
+    difference = tables.interval_of_difference(values, is_head, np.arange(40) // 2)
+    assert difference.tolist() == [[1.0], [1.0]]
+    # by the standard error of two independent halves, sqrt(.25 / 500 + .25 / 500)
+    values, is_head = np.arange(1000) % 2.0, np.arange(1000) < 500
+    low, high = tables.interval_of_difference(values, is_head, np.arange(1000))[:, 0]
+    assert (low, high) == pytest.approx((-1.96 * 0.0316, 1.96 * 0.0316), abs=0.008)
 
 
 def test_arms_are_what_they_say(modules, catalogue, tmp_path):
