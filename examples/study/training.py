@@ -87,6 +87,10 @@ def train_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embedding
     started = time.perf_counter()
     (products, sids), labels, _ = trainer.predict(test)
     search_seconds = time.perf_counter() - started
+    if not np.array_equal(labels, catalog.product_rows(test["product"][:])):
+        raise ValueError(
+            "Test rows came back in another order than they have, so that users and groups would not be theirs."
+        )
     parameters, tokens = trainer.model.num_parameters(), training_tokens(trainer)
     users = np.unique(np.asarray(test["user"][:], dtype=str), return_inverse=True)[1]
     result = {

@@ -18,11 +18,12 @@ THRESHOLDS = (0.1, 0.25, 0.5)
 MODEL = {"family": "llama", "width": 128, "depth": 3, "dropout": 0.1}
 TRAINING = {
     "epochs": 20,
-    "batch_size": 32,
-    "learning_rate": 2e-3,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
     "weight_decay": 0.1,
-    # Without a kernel for rows of varying length, attention of packed rows takes the square of the whole batch.
-    "packing": False,
+    # Sessions differ so much in length that two thirds of a padded batch of 32 are padding; packed attention, though, takes
+    # the square of the batch where there is no kernel for it, hence small batches.
+    "packing": True,
     "vocab_size": 2000,
     "num_beams": 100,
     "train_rows": None,

@@ -145,6 +145,7 @@ def test_arms_are_what_they_say(modules, catalogue, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_cells_go_on_and_come_out_equal(modules, folder, catalogue, tmp_path, monkeypatch):
     """`remedies --quick` by the command line; a cell that is stopped after an epoch ends as an undisturbed one."""
     study, cells, training = modules["study"], modules["cells"], modules["training"]
@@ -185,10 +186,11 @@ def test_cells_go_on_and_come_out_equal(modules, folder, catalogue, tmp_path, mo
     monkeypatch.setattr(training.SIDTrainer, "training_step", lambda self, *args: seen.append(1) or step(self, *args))
     study.main(["remedies", *arguments])
     again = cells.read_cells(out, "remedies")
-    assert again[0] == first[0] and len(seen) == -(-len(training.sessions(catalogue)) // 32)  # one epoch of two
+    assert again[0] == first[0] and len(seen) == -(-len(training.sessions(catalogue)) // 8)  # one epoch of two
     assert again[1]["result"] | {"search_seconds": None} == result | {"search_seconds": None}
 
 
+@pytest.mark.slow
 def test_probes(modules, folder, tmp_path, monkeypatch):
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
     monkeypatch.setattr(sys.modules["item_embeddings"], "_encode", lambda *_: points)
