@@ -15,7 +15,7 @@ from pathlib import Path
 LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
 # What quantizers' results depend on; other files of the checkout may change without making them others.
 CODE = ("sid_tokenizer", "rqsid", "examples/study", "examples/quickstart", "examples/embed_products")
-NO_CODE = (":!examples/study/tables.py", ":!*.md")
+NO_CODE = (":!examples/study/tables.py", ":!examples/study/training_tables.py", ":!*.md")
 
 
 def run_cells(out, experiment, cells, compute, code=CODE):
