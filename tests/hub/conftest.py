@@ -9,11 +9,23 @@ import evaluate  # noqa: F401
 import huggingface_hub
 import huggingface_hub.hf_api
 import huggingface_hub.hf_file_system
+import numpy as np
 import pytest
 import transformers
 from loopback_hub import LoopbackHub
+from published_parts import PRODUCTS, SIZES
 
 import rqsid.sid_tokenizer.hub
+from rqsid import (
+    RQVAE,
+    ProductCatalog,
+    ResidualQuantizer,
+    ResidualQuantizerConfig,
+    RQVAEConfig,
+    SIDTokenizer,
+    TokenPruning,
+)
+from rqsid.sid_tokenizer import card_sections
 
 LIBRARIES = ("huggingface_hub", "transformers", "datasets", "evaluate", "peft", "accelerate")
 REMOTE_CODE = ("transformers_modules", "evaluate_modules", "datasets_modules")
@@ -104,3 +116,43 @@ def hub_client(hub, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] in REMOTE_CODE]:
         del sys.modules[name]
     sys.modules.update(remote)
+
+
+@pytest.fixture(scope="session")
+def embeddings():
+    return np.random.default_rng(0).standard_normal((90, 5)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def quantizers(embeddings):
+    config = ResidualQuantizerConfig(codebook_sizes=SIZES, num_iterations=3)
+    priced = ResidualQuantizerConfig(codebook_sizes=SIZES, num_iterations=3, capacity=2.0, normalize_residuals=True)
+    vae = RQVAEConfig(codebook_sizes=SIZES, hidden_sizes=[8], latent_dim=4, num_epochs=1, batch_size=45)
+    return {
+        "kmeans": ResidualQuantizer(config).fit(embeddings),
+        "priced": ResidualQuantizer(priced).fit(embeddings),
+        "rqvae": RQVAE(vae).fit(embeddings),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(quantizers, embeddings, base_tokenizer):
+    """`make_tokenizer(quantizer=True)`: of 90 products, with two codes pruned; without its quantizer if wanted."""
+
+    def make(quantizer=True, **options):
+        codes = quantizers["kmeans"].encode(embeddings)
+        pruning = TokenPruning("top_k", layer=1, top_k=2).fit(codes, SIZES)
+        catalog = ProductCatalog.build(PRODUCTS, codes, SIZES, pruning, collisions="suffix")
+        return SIDTokenizer.from_base(base_tokenizer, catalog, quantizers["kmeans"] if quantizer else None, **options)
+
+    return make
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Figures take a second each; `test_sections` draws a real one."""
+    monkeypatch.setattr(
+        card_sections,
+        "plot_layers",
+        lambda diagnosis, path: Path(path).write_bytes(b"\x89PNG" + diagnosis.counts[0].tobytes()),
+    )

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import re
-import sys
 import traceback
 from pathlib import Path
 
@@ -12,78 +10,25 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
+from published_parts import PRODUCTS, SIZES, card_of
 from transformers import AutoModel, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 from rqsid import (
     RQVAE,
-    ProductCatalog,
     ResidualQuantizer,
-    ResidualQuantizerConfig,
-    RQVAEConfig,
     SIDTokenizer,
-    TokenPruning,
     diagnose,
 )
-from rqsid.sid_tokenizer import card_push, card_sections, codebook_files, pretrained_tokenizer, tokenization_sid
-from rqsid.sid_tokenizer.card_push import generated_comment
+from rqsid.sid_tokenizer import codebook_files, pretrained_tokenizer, tokenization_sid
 from rqsid.sid_tokenizer.card_sections import (
-    as_code,
-    citation,
-    describe_pruning,
     diagnose_catalog,
     layout_section,
-    library_versions,
-    save_figure,
 )
 from rqsid.sid_tokenizer.codebook_version import codebook_version
 
-SIZES = [8, 6, 4]
-PRODUCTS = [f"p{row}" for row in range(90)]
+pytestmark = pytest.mark.usefixtures("quick_figures")
 MODEL_CARD = "---\nlicense: mit\ntags:\n- finetuned\n---\n# A model, and what I think of it\r\n"
-
-
-@pytest.fixture(scope="session")
-def embeddings():
-    return np.random.default_rng(0).standard_normal((90, 5)).astype(np.float32)
-
-
-@pytest.fixture(scope="session")
-def quantizers(embeddings):
-    config = ResidualQuantizerConfig(codebook_sizes=SIZES, num_iterations=3)
-    priced = ResidualQuantizerConfig(codebook_sizes=SIZES, num_iterations=3, capacity=2.0, normalize_residuals=True)
-    vae = RQVAEConfig(codebook_sizes=SIZES, hidden_sizes=[8], latent_dim=4, num_epochs=1, batch_size=45)
-    return {
-        "kmeans": ResidualQuantizer(config).fit(embeddings),
-        "priced": ResidualQuantizer(priced).fit(embeddings),
-        "rqvae": RQVAE(vae).fit(embeddings),
-    }
-
-
-@pytest.fixture(scope="session")
-def make_tokenizer(quantizers, embeddings, base_tokenizer):
-    """`make_tokenizer(quantizer=True)`: of 90 products, with two codes pruned; without its quantizer if wanted."""
-
-    def make(quantizer=True, **options):
-        codes = quantizers["kmeans"].encode(embeddings)
-        pruning = TokenPruning("top_k", layer=1, top_k=2).fit(codes, SIZES)
-        catalog = ProductCatalog.build(PRODUCTS, codes, SIZES, pruning, collisions="suffix")
-        return SIDTokenizer.from_base(base_tokenizer, catalog, quantizers["kmeans"] if quantizer else None, **options)
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def quick_figures(monkeypatch):
-    """Figures take a second each; `test_sections` draws a real one."""
-    monkeypatch.setattr(
-        card_sections,
-        "plot_layers",
-        lambda diagnosis, path: Path(path).write_bytes(b"\x89PNG" + diagnosis.counts[0].tobytes()),
-    )
-
 
 one_base = pytest.mark.parametrize("base_tokenizer", ["llama"], indirect=True)
 each_base = pytest.mark.parametrize("base_tokenizer", ["llama", "qwen"], indirect=True)
@@ -105,10 +50,6 @@ def same_tokenizers(one, other):
         and one.catalog.version_id == other.catalog.version_id
         and one.codebook_fingerprint() == other.codebook_fingerprint()
     )
-
-
-def card_of(hub, repo_id, **where):
-    return ModelCard(hub.files(repo_id, **where)["README.md"].decode())
 
 
 @pytest.mark.parametrize("kind", ["kmeans", "priced", "rqvae"])
@@ -200,69 +141,6 @@ def test_branches_pull_requests_and_saves_that_push(hub, hub_client, quantizers,
         ResidualQuantizer().push_to_hub("alice/nothing")
     with pytest.raises(ValueError, match="model_type 'rqsid_residual_quantizer', not 'rqsid_rqvae'"):
         RQVAE.from_pretrained("alice/grocery")
-
-
-def test_cards_of_others_keep_their_text(hub, hub_client, quantizers):
-    quantizer = quantizers["kmeans"]
-    quantizer.push_to_hub("alice/codebook", tags=["one"])
-    ours = card_of(hub, "alice/codebook").content
-    quantizer.push_to_hub("alice/codebook", tags=["two"])  # ours is written anew
-    assert "two" in card_of(hub, "alice/codebook").data.tags and "one" not in card_of(hub, "alice/codebook").data.tags
-    edited = ours.replace(generated_comment("codebook") + "\n", "").replace("# codebook", "# My codebook")
-    hub_client.upload_file(repo_id="alice/codebook", path_in_repo="README.md", path_or_fileobj=edited.encode())
-    quantizer.push_to_hub("alice/codebook")
-    assert hub.files("alice/codebook")["README.md"].decode() == edited
-    quantizer.push_to_hub("alice/codebook", tags=["two", "semantic-ids"])
-    card = card_of(hub, "alice/codebook")
-    assert "# My codebook" in card.text and {"one", "two"} < set(card.data.tags)
-    assert card.data.tags.count("semantic-ids") == 1
-
-
-@pytest.mark.parametrize("status", [403, 429, 503])
-def test_a_card_that_cannot_be_asked_for_is_not_taken_for_none(hub, hub_client, quantizers, status):
-    quantizers["kmeans"].push_to_hub("alice/codebook")
-    hub_client.upload_file(repo_id="alice/codebook", path_in_repo="README.md", path_or_fileobj=b"# Mine")
-    commits = hub.commits("alice/codebook")
-    hub.fail(status=status, path="/resolve/.*README.md", times=None)
-    with pytest.raises(PermissionError if status == 403 else ConnectionError, match=str(status)) as caught:
-        quantizers["priced"].push_to_hub("alice/codebook")
-    assert "\n" not in str(caught.value)
-    assert hub.commits("alice/codebook") == commits
-    hub.stop_failing()
-    quantizers["priced"].push_to_hub("alice/codebook")
-    assert hub.files("alice/codebook")["README.md"] == b"# Mine"
-
-
-@pytest.mark.parametrize("when", ["while it is saved", "while it is uploaded"])
-def test_a_card_written_during_a_push_is_kept(hub, hub_client, quantizers, monkeypatch, when):
-    quantizer = quantizers["kmeans"]
-    quantizer.push_to_hub("alice/codebook")
-    written = []
-
-    def after_writing(function):
-        def call(*args, **kwargs):
-            if not written:
-                written.append(True)
-                hub_client.upload_file(repo_id="alice/codebook", path_in_repo="README.md", path_or_fileobj=b"# Mine")
-            return function(*args, **kwargs)
-
-        return call
-
-    if when == "while it is saved":
-        monkeypatch.setattr(card_push, "push_folder", after_writing(card_push.push_folder))
-    else:
-        # upload_file above makes a commit of its own, which is no part of the push.
-        create_commit = huggingface_hub.HfApi.create_commit
-        monkeypatch.setattr(
-            huggingface_hub.HfApi,
-            "create_commit",
-            lambda self, *args, **kwargs: after_writing(create_commit)(self, *args, **kwargs),
-        )
-    diagnosis = diagnose(np.zeros((3, 3), dtype=int), SIZES)
-    quantizer.push_to_hub("alice/codebook", diagnosis=diagnosis, license="mit")
-    assert written and (412 in [request.status for request in hub.requests]) == (when != "while it is saved")
-    files = hub.files("alice/codebook")
-    assert files["README.md"] == b"# Mine" and "sid_layers.png" not in files
 
 
 def test_codebooks_do_not_replace_a_model(hub, hub_client, quantizers):
@@ -598,63 +476,3 @@ def test_tokens_stay_secret(
     for token in (hub.token, hub.read_token, hub.stranger_token, "hf_" + "x" * 30):
         assert not [text[max(0, text.find(token) - 200) : text.find(token) + 60] for text in told if token in text]
         assert not any(token.encode() in content for content in contents)
-
-
-@one_base
-def test_sections(make_tokenizer, base_tokenizer, embeddings, quantizers, monkeypatch, tmp_path):
-    tokenizer = make_tokenizer(token_format="<|{letter}`{code}|>", layer_order=[1, 0, 2])
-    section = layout_section(tokenizer)
-    assert "| a (0) | 8 | `` <\\|a`0\\|> `` … `` <\\|a`7\\|> `` |" in section
-    assert "in the order b, a, c, suffix." in section
-    assert "The 2 most frequent codes of layer b (1) are left out" in section
-    assert f"| distinct SIDs | {tokenizer.catalog.num_sids:,} |" in section
-    report = tokenizer.catalog.collision_report()
-    assert f"| item-level Recall@1 cannot exceed | {report.recall_ceiling[1]:.4f} |" in section
-
-    codes = quantizers["kmeans"].encode(embeddings)
-    for rule, match in (
-        (TokenPruning("none"), "Nothing is pruned: a SID has a token of each layer."),
-        (TokenPruning("drop_layer"), "Layer b (1) is left out of all SIDs."),
-        (TokenPruning("top_k", layer=0, top_k=1), "The most frequent code of layer a (0) is left out."),
-        (TokenPruning("threshold", layer=1, threshold=0.25), "it takes for 25.0% of what they were counted by"),
-        (
-            TokenPruning("top_k", layer="auto", top_k=1),
-            "no middle layer was found|least balanced of the middle layers",
-        ),
-    ):
-        assert re.search(match.replace("(", r"\(").replace(")", r"\)"), describe_pruning(rule.fit(codes, SIZES)))
-
-    # Once per version of the catalog.
-    diagnosis = diagnose_catalog(tokenizer.catalog, tokenizer.cache)
-    assert diagnose_catalog(tokenizer.catalog, tokenizer.cache) is diagnosis
-    assert diagnosis.to_dict() == diagnose(codes, SIZES).to_dict()
-    tokenizer.catalog.withdraw(["p1"])
-    assert diagnose_catalog(tokenizer.catalog, tokenizer.cache) is not diagnosis
-    assert "90, 1 of them withdrawn" in layout_section(tokenizer)
-    assert as_code("a") == "`a`" and as_code("a\nb|``") == "``` a b\\|`` ```"
-    assert library_versions(("torch", "no-such-library")) == {"torch": library_versions()["torch"]}
-
-    # Equal diagnoses make equal figures, which are not pushed again.
-    monkeypatch.undo()
-    figures = [tmp_path / name for name in ("1.png", "2.png")]
-    assert all(save_figure(diagnosis, str(path)) for path in figures)
-    assert figures[0].read_bytes() == figures[1].read_bytes() and figures[0].read_bytes()[1:4] == b"PNG"
-
-    # Without matplotlib there is no figure, which is no error.
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not save_figure(diagnosis, str(tmp_path / "x.png")) and not (tmp_path / "x.png").exists()
-
-
-def test_the_citation_is_that_of_the_repository():
-    cff = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text())
-    paper, text = cff["preferred-citation"], " ".join(citation().split())
-    for part in (
-        cff["title"],
-        paper["title"],
-        paper["doi"],
-        paper["url"],
-        str(paper["year"]),
-        paper["collection-title"],
-    ):
-        assert part in text
-    assert " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]) in text
