@@ -142,7 +142,8 @@ def push_folder(
                 break
             except HTTPError as error:
                 seconds = _seconds_to_wait(error, attempt)
-                if seconds is None or attempt == ATTEMPTS - 1:
+                # A pull request whose answer was lost would be opened twice.
+                if create_pr or seconds is None or attempt == ATTEMPTS - 1:
                     raise
                 # With a new comparison: the commit may have been made although the answer was lost.
                 logger.info(f"{repo_id} changed, or was busy, while it was being pushed to; comparing anew.")
@@ -170,9 +171,8 @@ def hub_errors(repo_id, token=None):
         yield
     except (HTTPError, LocalTokenNotFoundError, ConnectionError, JSONDecodeError) as error:
         raise _readable(error, repo_id, token) from None
-    except (
-        LocalEntryNotFoundError
-    ) as error:  # what the client makes of any failure to ask for a file that is not in the cache
+    except LocalEntryNotFoundError as error:
+        # What the client makes of any failure to ask for a file that is not in the cache.
         raise _readable(error.__cause__ or error, repo_id, token) from None
     except RuntimeError as error:
         if not isinstance(error.__cause__, HTTPError):  # what the client makes of a failed upload of one file

@@ -145,7 +145,7 @@ def test_dictionary_trie_holds_the_children_of_the_trie(benchmarks, tiny):
 
 
 def test_mask_of_rectokens_is_that_of_the_trie(benchmarks, tiny):
-    pytest.importorskip("rectokens")
+    pytest.importorskip("rectokens", reason="a peer of the benchmark, which no extra installs")
     tokenizer, peers = tiny[0], benchmarks["search_peers"]
     constraint = peers.rectokens_trie(tokenizer)
     sids, scores = tokenizer.sid_sequences(), torch.randn(400, 500)

@@ -87,3 +87,14 @@ def make_frames():
         return {"transactions": pd.concat(log), "products": products, "demographics": demographics}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def study_modules():
+    """The modules of examples/study by name."""
+    folder = Path(__file__).parents[2] / "examples" / "study"
+    sys.path.insert(0, str(folder))
+    try:
+        yield {path.stem: __import__(path.stem) for path in sorted(folder.glob("*.py"))}
+    finally:
+        sys.path.remove(str(folder))

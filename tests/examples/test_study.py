@@ -1,34 +1,20 @@
 """The study's smallest cells, end to end, on catalogues made up here."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "examples" / "study"
-MODULES = ("catalogues", "cells", "balance", "picture", "causes", "tables", "item_embeddings", "study")
+
+@pytest.fixture(scope="module")
+def catalogues(study_modules):
+    return study_modules["catalogues"]
 
 
 @pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-@pytest.fixture(scope="module")
-def catalogues(modules):
-    return modules["catalogues"]
-
-
-@pytest.fixture(scope="module")
-def cells(modules):
-    return modules["cells"]
+def cells(study_modules):
+    return study_modules["cells"]
 
 
 ITEMS = {
@@ -262,8 +248,8 @@ def test_cells_refuse_what_would_mix_results(cells, tmp_path):
     assert cells.read_cells(tmp_path, "nan") == []
 
 
-def test_null_against_definitions(modules):
-    balance = modules["balance"]
+def test_null_against_definitions(study_modules):
+    balance = study_modules["balance"]
     counts = np.random.default_rng(0).multinomial(50, np.full(8, 1 / 8), balance.NULL_SAMPLES)
     ginis = [np.abs(row[:, None] - row[None, :]).sum() / (2 * 8 * 50) for row in counts]
     null = balance.multinomial_null(50, 8)
@@ -276,13 +262,13 @@ def test_null_against_definitions(modules):
     assert balance.expected_paths(50, 256.0**8) == pytest.approx(50)
 
 
-def test_what_is_measured(modules):
+def test_what_is_measured(study_modules):
     codes = np.array([[0, 0, 0], [1, 0, 1], [2, 1, 0], [2, 1, 0], [3, 1, 1], [0, 1, 1]])
     popularity = np.array([9, 1, 1, 1, 1, 1])
-    result = json.loads(json.dumps(modules["balance"].measure(codes, [4, 2, 2], popularity)))
+    result = json.loads(json.dumps(study_modules["balance"].measure(codes, [4, 2, 2], popularity)))
     assert result["counts"] == [[2, 1, 2, 1], [2, 4], [3, 3]] and result["collision_rate"] == pytest.approx(1 / 6)
     assert result["by_purchases"]["layers"][1]["gini"] == pytest.approx((10 - 4) / (2 * 14))
-    drawable = modules["balance"].as_diagnosis(result)
+    drawable = study_modules["balance"].as_diagnosis(result)
     assert drawable.layers[0].name == "a (0)" and [band.shape for band in drawable.null_bands] == [
         (2, 4),
         (2, 2),
@@ -290,8 +276,8 @@ def test_what_is_measured(modules):
     ]
 
 
-def test_laws_and_residuals(modules):
-    causes = modules["causes"]
+def test_laws_and_residuals(study_modules):
+    causes = study_modules["causes"]
     for law, draw in causes.LAWS.items():
         points = draw(np.random.default_rng(0), 200, 6, 8)
         assert points.shape == (200, 6) and np.isfinite(points).all(), law
@@ -302,7 +288,7 @@ def test_laws_and_residuals(modules):
     assert one["energy_of_top"] == pytest.approx(9 / 18) and one["mean"] == pytest.approx(1.2)
 
 
-def test_explained_by_hand(modules):
+def test_explained_by_hand(study_modules):
     """2 laws x 2 initialisations x 2 seeds; layer 0 follows the law, layer 1 the initialisation, layer 2 both together."""
 
     def cell(law, init, seed):
@@ -311,18 +297,18 @@ def test_explained_by_hand(modules):
         return {"settings": {"law": f"law {law}", "init": f"init {init}", "seed": seed}, "result": result}
 
     made = [cell(law, init, seed) for law in (0, 1) for init in (0, 1) for seed in (0, 1)]
-    shares = modules["causes"].explained(made)
+    shares = study_modules["causes"].explained(made)
     zero = dict.fromkeys(("data", "initialisation", "both", "seed"), 0.0)
     assert shares["Gini of layer 0"] == zero | {"data": 1.0}
     assert shares["Gini of layer 1"] == zero | {"initialisation": 1.0}
     assert shares["Gini of layer 2"] == zero | {"both": 1.0}
     assert shares["hourglass score"] == zero | {"data": 0.5, "seed": 0.5}
-    assert modules["causes"].explained(made[:-1]) is None
+    assert study_modules["causes"].explained(made[:-1]) is None
 
 
-def test_tower_wants_rows_and_encoder_a_name(modules, catalogues, tmp_path):
+def test_tower_wants_rows_and_encoder_a_name(study_modules, catalogues, tmp_path):
     catalogue = catalogues.load_catalogue(write_sequences(tmp_path / "made"))
-    embed = modules["item_embeddings"].embed
+    embed = study_modules["item_embeddings"].embed
     for kind, message in (
         ("dual tower", "do not fill a batch"),
         ("sentence encoder", "--encoder"),
@@ -333,15 +319,15 @@ def test_tower_wants_rows_and_encoder_a_name(modules, catalogues, tmp_path):
 
 
 @pytest.mark.slow
-def test_end_to_end(modules, tmp_path, monkeypatch):
+def test_end_to_end(study_modules, tmp_path, monkeypatch):
     """Both experiments by the command line, killed and continued; tables of the same cells are the same bytes."""
-    study, causes = modules["study"], modules["causes"]
+    study, causes = study_modules["study"], study_modules["causes"]
     items = {str(item): {"title": f"Secret thing {item}"} for item in range(320)}
     bought = {str(user): np.random.default_rng(user).integers(0, 320, 6).tolist() for user in range(80)}
     folder = write_sequences(tmp_path / "made", items, bought)
     codes = write_index(folder, 320)
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
-    monkeypatch.setattr(modules["item_embeddings"], "_encode", lambda *_: points)
+    monkeypatch.setattr(study_modules["item_embeddings"], "_encode", lambda *_: points)
     laws = ["uniform cube", "K tight clusters, a fifth with shared offsets"]
     monkeypatch.setattr(causes, "LAWS", {law: causes.LAWS[law] for law in laws})
     few = {"laws": laws, "inits": ["random, no relocation", "relocated"], "num_items": 500}
@@ -362,7 +348,7 @@ def test_end_to_end(modules, tmp_path, monkeypatch):
         assert len({line.count("|") for line in rows if "H / Gini" in line or "null" in line}) == 1
     assert "| 16 | 3 | RQ-VAE | relocated | " in texts["picture.md"] and "encoders/tiny" in texts["picture.md"]
     assert "| initialisations | | data | initialisation | both | seed |" in texts["causes.md"]
-    (published,) = modules["cells"].read_cells(out, "published")
+    (published,) = study_modules["cells"].read_cells(out, "published")
     assert published["result"]["counts"] == [np.bincount(column, minlength=4).tolist() for column in codes.T]
 
     before = (out / "causes.jsonl").read_bytes()

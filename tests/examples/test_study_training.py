@@ -3,22 +3,9 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "examples" / "study"
-MODULES = ("catalogues", "cells", "codes", "training", "training_cells", "training_tables", "study")
-
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: __import__(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +24,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def catalogue(modules, folder):
-    return modules["catalogues"].load_catalogue(folder)
+def catalogue(study_modules, folder):
+    return study_modules["catalogues"].load_catalogue(folder)
 
 
-def test_sessions_hold_the_training_rows(modules, catalogue):
-    sessions = modules["training"].sessions(catalogue)
+def test_sessions_hold_the_training_rows(study_modules, catalogue):
+    sessions = study_modules["training"].sessions(catalogue)
     train = catalogue.splits["train"]
     learned = [
         (query, product)
@@ -59,12 +46,12 @@ def test_sessions_hold_the_training_rows(modules, catalogue):
     assert held_out == 120 and catalogue.popularity.sum() >= len(learned)
 
 
-def test_next_item_needs_no_text(modules, catalogue, tmp_path):
-    training, plain = modules["training"], catalogue.without_queries()
+def test_next_item_needs_no_text(study_modules, catalogue, tmp_path):
+    training, plain = study_modules["training"], catalogue.without_queries()
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
     options = {"quantizer": "RQ-KMeans", "init": "relocated", "codebook_size": 16, "layers": 3, "seed": 0}
-    codes = modules["codes"].make_codes(plain, points, {}, tmp_path, **options)
-    catalog, quantizer = training.build_catalog(plain, codes, modules["training_cells"].UNPRUNED, points)
+    codes = study_modules["codes"].make_codes(plain, points, {}, tmp_path, **options)
+    catalog, quantizer = training.build_catalog(plain, codes, study_modules["training_cells"].UNPRUNED, points)
     template = training.PromptTemplate(layout="session")
     base = training.base_tokenizer(plain, 300)
     tokenizer = training.SIDTokenizer.from_base(base, catalog, quantizer, prompt_template=template)
@@ -74,17 +61,17 @@ def test_next_item_needs_no_text(modules, catalogue, tmp_path):
     )
 
 
-def test_groups_by_hand(modules):
+def test_groups_by_hand(study_modules):
     codes = np.array([[0, 1], [0, 1], [1, 0], [2, 1], [3, 0]])
     popularity = np.array([1, 1, 8, 1, 1])
-    groups = modules["codes"].head_and_tail(codes, [4, 2], popularity, np.array([2, 0, 4, 1]))
+    groups = study_modules["codes"].head_and_tail(codes, [4, 2], popularity, np.array([2, 0, 4, 1]))
     # by items: code 0 holds 2 of 5, with the next, code 1, 3 of 5; by purchases code 1 holds 8 of 12
     assert groups["items"] == ["hhth", "thth"]
     assert groups["interactions"] == ["httt", "htht"]
 
 
-def test_metrics_by_hand(modules):
-    tables, training = modules["training_tables"], modules["training"]
+def test_metrics_by_hand(study_modules):
+    tables, training = study_modules["training_tables"], study_modules["training"]
     ranked = np.array([[7, 3, 5], [3, -1, -1], [5, 7, -1]])
     assert training.ranks_of(ranked, np.array([5, 3, 3])) == [3, 1, 0]
     values = tables.metrics([1, 3, 0, 8, 30])
@@ -116,12 +103,12 @@ def test_metrics_by_hand(modules):
     assert (low, high) == pytest.approx((-1.96 * 0.0316, 1.96 * 0.0316), abs=0.008)
 
 
-def test_arms_are_what_they_say(modules, catalogue, tmp_path):
-    training, cells = modules["training"], modules["training_cells"]
+def test_arms_are_what_they_say(study_modules, catalogue, tmp_path):
+    training, cells = study_modules["training"], study_modules["training_cells"]
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
     options = {"quantizer": "RQ-KMeans", "codebook_size": 16, "layers": 3, "seed": 0}
-    codes = modules["codes"].make_codes(catalogue, points, {}, tmp_path, init="relocated", **options)
-    again = modules["codes"].make_codes(catalogue, points, {}, tmp_path, init="relocated", **options)
+    codes = study_modules["codes"].make_codes(catalogue, points, {}, tmp_path, init="relocated", **options)
+    again = study_modules["codes"].make_codes(catalogue, points, {}, tmp_path, init="relocated", **options)
     assert (again.codes == codes.codes).all() and (codes.quantizer.encode(points) == codes.codes).all()
     assert [path.name for path in (tmp_path / "codes").iterdir()] == [codes.folder.name]
     arms = cells.remedy_arms(16)
@@ -140,15 +127,15 @@ def test_arms_are_what_they_say(modules, catalogue, tmp_path):
     catalog, _ = training.build_catalog(catalogue, codes, cells.UNPRUNED | {"pruning": everything}, points)
     assert training.describe_sids(catalog) == described["layer dropped (top 16 of 16)"]
     with pytest.raises(ValueError, match="20 products a code"):
-        modules["codes"].make_codes(
+        study_modules["codes"].make_codes(
             catalogue, points, {}, tmp_path, init="relocated", **options | {"codebook_size": 17}
         )
 
 
 @pytest.mark.slow
-def test_cells_go_on_and_come_out_equal(modules, folder, catalogue, tmp_path, monkeypatch):
+def test_cells_go_on_and_come_out_equal(study_modules, folder, catalogue, tmp_path, monkeypatch):
     """`remedies --quick` by the command line; a cell that is stopped after an epoch ends as an undisturbed one."""
-    study, cells, training = modules["study"], modules["cells"], modules["training"]
+    study, cells, training = study_modules["study"], study_modules["cells"], study_modules["training"]
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
     monkeypatch.setattr(sys.modules["item_embeddings"], "_encode", lambda *_: points)
     out = tmp_path / "out"
@@ -191,12 +178,12 @@ def test_cells_go_on_and_come_out_equal(modules, folder, catalogue, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_probes(modules, folder, tmp_path, monkeypatch):
+def test_probes(study_modules, folder, tmp_path, monkeypatch):
     points = np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
     monkeypatch.setattr(sys.modules["item_embeddings"], "_encode", lambda *_: points)
     out = tmp_path / "out"
-    modules["study"].main(["probes", "--quick", "--data", str(folder), "--encoder", "tiny", "--out", str(out)])
-    swapped, unpruned = modules["cells"].read_cells(out, "probes")
+    study_modules["study"].main(["probes", "--quick", "--data", str(folder), "--encoder", "tiny", "--out", str(out)])
+    swapped, unpruned = study_modules["cells"].read_cells(out, "probes")
     assert swapped["settings"]["arm"]["layer_order"] == [1, 0, 2]
     assert swapped["result"]["groups"] == unpruned["result"]["groups"]
     for cell in (swapped, unpruned):

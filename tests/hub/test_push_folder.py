@@ -164,6 +164,13 @@ def test_busy_servers_are_waited_for(hub, hub_client, folder):
     assert push_folder(str(folder), "alice/m").oid == hub.commits("alice/m")[0]["id"]
     assert len(hub.commits("alice/m")) == commits + 1 and texts(hub)["config.json"] == '{"a": 2}'
 
+    # but a pull request would be opened twice
+    write(folder, {"config.json": '{"a": 3}'})
+    hub.fail(path="/commit/", cut_after=10**6)
+    with pytest.raises(ConnectionError, match="did not come to its end"):
+        push_folder(str(folder), "alice/m", create_pr=True)
+    assert len(hub.refs("alice/m")["pulls"]) == 1
+
 
 @pytest.mark.parametrize(
     "token, kind, words",
