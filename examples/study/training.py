@@ -61,6 +61,31 @@ def train_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embedding
         the SID given, if the arm asks for it; `validation`, the curve; and costs: `parameters`, `training_tokens`,
         `training_flops`, `search_seconds` (test rows, forward pass of the loss included), SIDs and their lengths.
     """
+    trainer = fit_model(settings, checkpoint_dir, catalogue, codes, embeddings)
+    test = _first(catalogue.splits["test"], settings["training"]["test_rows"])
+    products, sids, labels, search_seconds = rank_rows(trainer, test)
+    result = {
+        "item_ranks": ranks_of(products, labels),
+        "sid_ranks": ranks_of(sids, trainer.processing_class.catalog.sid_rows(labels)),
+        "users": user_numbers(test),
+        "groups": head_and_tail(base_codes.codes, base_codes.sizes, catalogue.popularity, labels),
+        "search_seconds": search_seconds,
+        **describe_training(trainer),
+        "about": catalogue.describe(),
+    }
+    if settings["arm"].get("given_first_token"):
+        num_beams = settings["training"]["num_beams"]
+        result["given_first_token"] = ranks_given_first_token(trainer, test, labels, codes.codes, num_beams)
+    return result
+
+
+def fit_model(settings, checkpoint_dir, catalogue, codes, embeddings):
+    """
+    A small model trained from scratch on the SIDs of an arm; see [`train_cell`].
+
+    Returns:
+        [`SIDTrainer`]: with the weights of the best epoch; its `processing_class` holds the catalog.
+    """
     arm, training = settings["arm"], settings["training"]
     catalog, quantizer = build_catalog(catalogue, codes, arm, embeddings)
     layout = "session" if catalogue.sequences else "purchase"
@@ -69,48 +94,55 @@ def train_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embedding
         catalog,
         quantizer,
         layer_order=arm.get("layer_order"),
-        prompt_template=PromptTemplate(layout=layout),
+        prompt_template=PromptTemplate(layout=layout, **training["template"]),
     )
     train = Dataset.from_list(sessions(catalogue)) if catalogue.sequences else catalogue.splits["train"]
-    train = _first(train, training["train_rows"])
-    validation = _first(catalogue.splits["validation"], training["validation_rows"])
-    test = _first(catalogue.splits["test"], training["test_rows"])
     trainer = SIDTrainer(
         make_model(settings["model"], tokenizer, settings["seed"]),
         training_arguments(settings, checkpoint_dir),
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=_first(train, training["train_rows"]),
+        eval_dataset=_first(catalogue.splits["validation"], training["validation_rows"]),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(str(checkpoint_dir)))
+    return trainer
 
+
+def rank_rows(trainer, rows):
+    """
+    Args:
+        trainer ([`SIDTrainer`]):
+            Of [`fit_model`].
+        rows (`Dataset`):
+            Of a split of a catalogue.
+
+    Returns:
+        `tuple`: rows of the products that were found, the best first, and those of the SIDs, both of shape (R, 50) and -1 where
+        a list ends; the products bought, shape (R,); and seconds, forward pass of the loss included.
+    """
     started = time.perf_counter()
-    (products, sids), labels, _ = trainer.predict(test)
-    search_seconds = time.perf_counter() - started
-    if not np.array_equal(labels, catalog.product_rows(test["product"][:])):
-        raise ValueError(
-            "Test rows came back in another order than they have, so that users and groups would not be theirs."
-        )
+    (products, sids), labels, _ = trainer.predict(rows)
+    seconds = round(time.perf_counter() - started, 2)
+    if not np.array_equal(labels, trainer.processing_class.catalog.product_rows(rows["product"][:])):
+        raise ValueError("Rows came back in another order than they have, so that users and groups would not be theirs.")
+    return products, sids, labels, seconds
+
+
+def describe_training(trainer):
+    """What a cell says of its model: curve on the validation rows, parameters, tokens, FLOPs, SIDs."""
     parameters, tokens = trainer.model.num_parameters(), training_tokens(trainer)
-    users = np.unique(np.asarray(test["user"][:], dtype=str), return_inverse=True)[1]
-    result = {
-        "item_ranks": ranks_of(products, labels),
-        "sid_ranks": ranks_of(sids, catalog.sid_rows(labels)),
-        "users": users.tolist(),
-        "groups": head_and_tail(base_codes.codes, base_codes.sizes, catalogue.popularity, labels),
+    return {
         "validation": validation_curve(trainer),
         "parameters": parameters,
         "training_tokens": tokens,
         "training_flops": 6 * parameters * tokens,
-        "search_seconds": round(search_seconds, 2),
-        "sids": describe_sids(catalog),
-        "about": catalogue.describe(),
+        "sids": describe_sids(trainer.processing_class.catalog),
     }
-    if arm.get("given_first_token"):
-        result["given_first_token"] = ranks_given_first_token(
-            trainer, test, labels, codes.codes, training["num_beams"]
-        )
-    return result
+
+
+def user_numbers(rows):
+    """A number for the user of each row."""
+    return np.unique(np.asarray(rows["user"][:], dtype=str), return_inverse=True)[1].tolist()
 
 
 def build_catalog(catalogue, codes, arm, embeddings):
@@ -213,6 +245,7 @@ def training_arguments(settings, checkpoint_dir):
         adam_beta2=0.98,
         loss_type=arm["loss"],
         loss_gamma=arm.get("gamma", 1.0),
+        loss_normalize=training["loss_normalize"],
         packing=training["packing"],
         # The epoch that is searched with is the best on the validation rows, and never on test rows.
         eval_strategy="epoch",
