@@ -5,13 +5,22 @@ from pathlib import Path
 import numpy as np
 from cells import read_cells
 from training import FLOPS_RULE
+from training_comparisons import BASELINE, LAYER, paired_group_table, paired_table, summary
+from training_statistics import METRICS, interval, interval_of_difference, metrics, per_seed
 
 from rqsid.sid_tokenizer.files import replace_atomically
 
-EXPERIMENTS = {"harm": "The harm", "probes": "The probes", "remedies": "The remedies"}
-RECALL, NDCG = (1, 5, 10, 50), (5, 10)
-METRICS = (*(f"Recall@{k}" for k in RECALL), *(f"NDCG@{k}" for k in NDCG), "MRR")
-RESAMPLES, CHUNK = 1000, 50
+EXPERIMENTS = {
+    "harm": "The harm",
+    "probes": "The probes",
+    "remedies": "The remedies",
+    "schemes": "The identifier schemes",
+}
+RANKS = {
+    "item_ranks": "Item-level",
+    "sid_ranks": "SID-level",
+    "given_first_token": "Item-level, the first token of the right SID given (swapped: that is the second layer's)",
+}
 LETTERS = "abcdefgh"
 LEGEND = """
 Item-level: a row is a hit where the product bought is ranked, not only its SID; products that share a SID come by training purchases.
@@ -54,97 +63,39 @@ def training_tables(title, cells):
         `str`: Markdown.
     """
     lines = [f"# {title}", LEGEND]
-    for block in _blocks(cells):
+    blocks = _blocks(cells)
+    for heading, block in zip(_headings(blocks), blocks, strict=True):
         settings = block[0]["settings"]
-        model, embeddings = settings["model"], settings["embeddings"]
-        lines.append(
-            f"## {settings['data']['name']}, {model['family']}, K = {settings['codebook_size']}, {settings['layers']} layers"
-        )
-        lines += ["", *_statement(block)]
-        lines.append(f"- model: {model}; training: {settings['training']}")
-        lines.append(f"- embeddings: {embeddings['kind']} ({embeddings['of']})")
+        lines += [f"## {heading}", "", *_statement(block)]
+        lines.append(f"- model: {settings['model']}; training: {settings['training']}")
+        lines.append(f"- embeddings: {settings['embeddings']['kind']} ({settings['embeddings']['of']})")
         arms = {}
         for cell in block:
             arms.setdefault(cell["settings"]["arm"]["name"], []).append(cell)
-        arms = dict(sorted(arms.items(), key=lambda entry: (entry[0] != "unpruned", entry[0])))
-        for level in ("item", "sid"):
-            lines += ["", f"{'Item' if level == 'item' else 'SID'}-level:", ""]
-            lines += ["| arm | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
-            for name, same in arms.items():
-                lines.append(_metrics_row(name, same, f"{level}_ranks"))
-        given = {name: same for name, same in arms.items() if "given_first_token" in same[0]["result"]}
-        if given:
-            lines += [
-                "",
-                "Item-level, the first token of the right SID given (swapped: that is the second layer's):",
-                "",
-            ]
-            lines += ["| arm | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
-            lines += [_metrics_row(name, same, "given_first_token") for name, same in given.items()]
-        if "unpruned" in arms and len(arms) > 1:
-            lines += ["", "Paired, item-level:", ""]
-            lines += ["| arm - unpruned | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
-            lines += [_paired_row(name, arms["unpruned"], same) for name, same in arms.items() if name != "unpruned"]
+        arms = dict(sorted(arms.items(), key=lambda entry: (entry[0] != BASELINE, entry[0])))
+        verdict = summary(arms) if BASELINE in arms else []
+        if verdict:
+            lines += ["", "In short, item-level:", "", *verdict]
+        for ranks, label in RANKS.items():
+            ranked = {name: same for name, same in arms.items() if ranks in same[0]["result"]}
+            if ranked:
+                lines += ["", f"{label}:", ""]
+                lines += ["| arm | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+                lines += [_metrics_row(name, same, ranks) for name, same in ranked.items()]
+        if BASELINE in arms and len(arms) > 1:
+            lines += ["", "Paired, item-level:", "", *paired_table(arms)]
+            layer = f"layer {LETTERS[LAYER]}"
+            lines += ["", f"Paired, item-level Recall@10 by the token of {layer} before pruning:", ""]
+            lines += paired_group_table(arms)
         lines += ["", "Item-level Recall@10 by the token before pruning:", "", *_group_table(arms)]
         lines += ["", "Costs:", "", *_cost_table(arms), ""]
     return "\n".join(lines) + "\n"
 
 
-def metrics(ranks):
-    """
-    Args:
-        ranks (`list[int]`): From 1; 0 for a miss.
-
-    Returns:
-        `np.ndarray`: Recall, NDCG (one target: 1 / log2(1 + rank)) and MRR of each row. Shape: (R, 7).
-    """
-    ranks = np.asarray(ranks)
-    hit, rank = ranks > 0, np.maximum(ranks, 1)
-    columns = [hit & (rank <= k) for k in RECALL]
-    columns += [(hit & (rank <= k)) / np.log2(1 + rank) for k in NDCG]
-    return np.stack([*columns, hit / rank], 1).astype(float)
-
-
-def interval(values, users, seed=0):
-    """
-    95 % percentile interval of the mean over rows, from resampled users with all of their rows.
-
-    Args:
-        values (`np.ndarray`): Shape: (R, M).
-        users (`list[int]`): A number for the user of each row.
-        seed (`int`, *optional*, defaults to 0): Of the resamples.
-
-    Returns:
-        `np.ndarray`: Shape: (2, M).
-    """
-    values = np.asarray(values)
-    means = _resampled_means(values, np.ones(len(values)), users, seed)
-    return np.quantile(means, (0.025, 0.975), axis=0)
-
-
-def interval_of_difference(values, is_head, users, seed=0):
-    """As [`interval`], of the mean over the rows of one group minus that over the others: values, `is_head` of shape (R,)."""
-    means = [_resampled_means(values[:, None], group.astype(float), users, seed) for group in (is_head, ~is_head)]
-    return np.nanquantile(means[0] - means[1], (0.025, 0.975), axis=0)
-
-
-def _resampled_means(values, weights, users, seed):
-    """The weighted means of [`interval`]'s resamples, NaN where all weights are zero. Shape: (1000, M)."""
-    users = np.unique(users, return_inverse=True)[1]
-    sizes = np.bincount(users, weights=weights)
-    sums = np.stack([np.bincount(users, weights=column * weights) for column in values.T], 1)
-    random, means = np.random.default_rng(seed), []
-    for _ in range(0, RESAMPLES, CHUNK):
-        drawn = random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), CHUNK)
-        total = (drawn @ sizes)[:, None]
-        means.append(np.divide(drawn @ sums, total, out=np.full((CHUNK, sums.shape[1]), np.nan), where=total > 0))
-    return np.concatenate(means)
-
-
 def _blocks(cells):
     blocks = []
     for cell in cells:
-        key = {name: value for name, value in cell["settings"].items() if name not in ("arm", "seed")}
+        key = _shared_settings(cell)
         for known, block in blocks:
             if known == key:
                 block.append(cell)
@@ -154,33 +105,52 @@ def _blocks(cells):
     return [block for _, block in blocks]
 
 
-def _per_seed(cells, ranks="item_ranks"):
-    return {cell["seed"]: metrics(cell["result"][ranks]) for cell in cells}
+def _shared_settings(cell):
+    """What cells of one block have in common."""
+    return {name: value for name, value in cell["settings"].items() if name not in ("arm", "seed")}
+
+
+def _headings(blocks):
+    """Data set, task, model and codebooks of each block, and those other settings in which blocks of one heading differ."""
+    flat = [dict(_leaves(_shared_settings(block[0]))) for block in blocks]
+    headings = [
+        f"{settings['data.name']}, {settings['data.task'].split(',')[0].split(' (')[0]}, {settings['model.family']}, "
+        f"K = {settings['codebook_size']}, {settings['layers']} layers"
+        for settings in flat
+    ]
+    found = []
+    for heading, settings in zip(headings, flat, strict=True):
+        same = [other for other, its in zip(flat, headings, strict=True) if its == heading]
+        differ = [
+            name for name in sorted(set().union(*same)) if len({repr(other.get(name, "none")) for other in same}) > 1
+        ]
+        found.append(
+            ", ".join([heading, *(f"{name.split('.')[-1]} = {settings.get(name, 'none')}" for name in differ)])
+        )
+    return found
+
+
+def _leaves(settings, above=""):
+    """Pairs of a dotted name and a value."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value
 
 
 def _metrics_row(name, cells, ranks):
-    per_seed = list(_per_seed(cells, ranks).values())
-    values = np.mean(per_seed, axis=0)
+    of_seeds = list(per_seed(cells, ranks).values())
+    values = np.mean(of_seeds, axis=0)
     low, high = interval(values, cells[0]["result"]["users"])
-    deviations = np.std([of_seed.mean(0) for of_seed in per_seed], axis=0, ddof=1) if len(per_seed) > 1 else None
+    deviations = np.std([of_seed.mean(0) for of_seed in of_seeds], axis=0, ddof=1) if len(of_seeds) > 1 else None
     columns = [
         f"{values[:, at].mean():.4f}"
         + ("" if deviations is None else f" ± {deviations[at]:.4f}")
         + _brackets(low, high, at)
         for at in range(len(METRICS))
     ]
-    return f"| {name} | {len(per_seed)} | " + " | ".join(columns) + " |"
-
-
-def _paired_row(name, baseline, cells):
-    base, of_arm = _per_seed(baseline), _per_seed(cells)
-    seeds = sorted(base.keys() & of_arm.keys())
-    if not seeds:
-        return f"| {name} | 0 |" + " |" * len(METRICS)
-    values = np.mean([of_arm[seed] - base[seed] for seed in seeds], axis=0)
-    low, high = interval(values, cells[0]["result"]["users"])
-    columns = [f"{values[:, at].mean():+.4f}{_brackets(low, high, at, '+')}" for at in range(len(METRICS))]
-    return f"| {name} | {len(seeds)} | " + " | ".join(columns) + " |"
+    return f"| {name} | {len(of_seeds)} | " + " | ".join(columns) + " |"
 
 
 def _group_table(arms):
@@ -237,8 +207,10 @@ def _cost_table(arms):
 def _statement(cells):
     """What every table says of itself: data set, task, protocol, tie order, seeds, commit, cost."""
     results = [cell["result"] for cell in cells]
+    sizes = sorted({(len(result["item_ranks"]), len(set(result["users"]))) for result in results})
     about = results[0]["about"] | {
-        "test rows": f"{len(results[0]['item_ranks'])} of {len(set(results[0]['users']))} users, searched once; the epoch is the best "
+        "test rows": " or ".join(f"{rows} of {users} users" for rows, users in sizes)
+        + ", searched once; the epoch is the best "
         "by NDCG@10 on validation rows",
         "seeds": ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells})),
         "commit": ", ".join(sorted({str(cell["commit"]) for cell in cells}))
