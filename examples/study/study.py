@@ -66,7 +66,14 @@ def make_parser():
     )
     parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
-    parser.add_argument("--epochs", type=int, default=None, help="Of language models; 20 if not given.")
+    parser.add_argument("--epochs", type=int, default=None, help="Of language models; 5 if not given.")
+    parser.add_argument("--arms", nargs="+", help="Of the remedies, by their names in the tables; all if not given.")
+    parser.add_argument(
+        "--task",
+        choices=["search", "next item"],
+        default="search",
+        help="Of language models; without queries the task is the next item, whatever is asked for.",
+    )
     parser.add_argument("--quick", action="store_true", help="The smallest cells: a minute, and says nothing.")
     return parser
 
@@ -111,9 +118,14 @@ def run_training(args):
         options |= {"size": sizes[0], "layers": layers[0]}
     elif args.sizes or args.layers or args.quick:
         options["configurations"] = [(size, count) for size in sizes for count in layers]
+    if args.arms and args.experiment != "remedies":
+        raise SystemExit(f"--arms chooses among the remedies, {args.experiment} has others.")
+    options |= {"names": args.arms} if args.arms else {}
     for data in args.data:
         catalogue = load_catalogue(data)
         embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
+        if args.task == "next item":
+            catalogue = catalogue.without_queries()
         getattr(training_cells, args.experiment)(catalogue, embeddings, described, args.out, **options)
 
 

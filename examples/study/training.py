@@ -124,7 +124,9 @@ def rank_rows(trainer, rows):
     (products, sids), labels, _ = trainer.predict(rows)
     seconds = round(time.perf_counter() - started, 2)
     if not np.array_equal(labels, trainer.processing_class.catalog.product_rows(rows["product"][:])):
-        raise ValueError("Rows came back in another order than they have, so that users and groups would not be theirs.")
+        raise ValueError(
+            "Rows came back in another order than they have, so that users and groups would not be theirs."
+        )
     return products, sids, labels, seconds
 
 

@@ -18,9 +18,9 @@ THRESHOLDS = (0.1, 0.25, 0.5)
 # Dropout of attention forgoes the fused kernel of CPUs, which costs more time than all else in a model this small.
 MODEL = {"family": "llama", "width": 64, "depth": 2, "dropout": 0.0}
 TRAINING = {
-    "epochs": 20,
+    "epochs": 5,
     "batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "weight_decay": 0.1,
     # Sessions differ so much in length that two thirds of a padded batch of 32 are padding; packed attention, though, takes
     # the square of the batch where there is no kernel for it, hence small batches.
@@ -29,7 +29,7 @@ TRAINING = {
     # Without labels: a text that ends with a line break is the query, so words around it are only tokens to compute.
     "template": {"labels": {"query": "", "profile": ""}, "answer": ""},
     "loss_normalize": "vocab",
-    "num_beams": 100,
+    "num_beams": 50,
     "train_rows": None,
     "validation_rows": 1000,
     "test_rows": None,
@@ -79,7 +79,9 @@ def probe_arms(num_layers):
     ]
 
 
-def remedies(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+def remedies(
+    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None, names=None
+):
     """
     Experiment 5, the remedies.
 
@@ -99,13 +101,23 @@ def remedies(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, se
             Two arms, a tiny model, one epoch on a few rows.
         epochs (`int`, *optional*):
             Of training.
+        names (sequence of `str`, *optional*):
+            Of the arms to compute; all if not given.
 
     Returns:
         `int`: how many cells were computed.
+
+    Raises:
+        `ValueError`: if there is no arm of such a name.
     """
     arms = remedy_arms(size)
+    strangers = set(names or ()) - {arm["name"] for arm in arms}
+    if strangers:
+        raise ValueError(f"No arm is called {sorted(strangers)}. Choose among {[arm['name'] for arm in arms]}.")
     if quick:
         arms = [UNPRUNED, next(arm for arm in arms if arm["pruning"].get("top_k") == max(1, round(0.098 * size)))]
+    if names:
+        arms = [arm for arm in arms if arm["name"] in names]
     grid = [(arm, "llama", size, layers, seed) for arm in arms for seed in seeds]
     return _train(catalogue, embeddings, described, out, "remedies", grid, quick, epochs)
 
