@@ -1,0 +1,191 @@
+"""Tables of experiment 8, products that join a finished model's catalog; the same cells give the same bytes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from append import ALL, WITHOUT
+from cells import read_cells
+from training_statistics import METRICS, interval, interval_of_difference, metrics
+from training_tables import _cost_table, _statement
+
+from rqsid.sid_tokenizer.files import replace_atomically
+
+LEGEND = """
+*Appended*: test rows whose product joined the catalog after codebooks were fitted and the model was trained without it; *seen*: all
+others, and of them apart those with an appended product in the history. *Trained without*: that model; *trained with all*: codebooks
+and model that know all products, same seed, same rows; *difference*: the former minus the latter. *Text only* is no model: the cosine
+of a product's text embedding with the mean of the latest products of the history, which knows no purchases of anything and reads no
+query (history), or puts the category that the query names before all others (history and category); chosen on validation rows are how
+many products count and whether they are ranked themselves. Item-level: a row is a hit where the product bought is ranked, not only its
+SID; products that share a SID come by training purchases, of which appended ones have none, so that they come last. One target a row,
+lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
+nothing about other seeds. ± is the standard deviation over seeds, each of which draws other products.
+"""
+GROUPS = {"appended": "a", "seen": "hs", "seen, appended in history": "h"}
+PATHS = {"f": "SID known from training", "p": "first two tokens known", "n": "new path"}
+WAYS = {WITHOUT: "trained without", ALL: "trained with all"}
+
+
+def write_append_tables(out):
+    """
+    Args:
+        out (`str` or `os.PathLike`):
+            Folder of results; the table goes to its folder `tables`.
+
+    Returns:
+        `list[str]`: the file written, none without cells.
+    """
+    cells = read_cells(out, "append")
+    if not cells:
+        return []
+    path = Path(out) / "tables" / "append.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(path) as temporary:
+        Path(temporary).write_text(append_tables(cells), encoding="utf-8")
+    return [str(path)]
+
+
+def append_tables(cells):
+    """
+    Args:
+        cells (`list[dict]`): Of the experiment; those that differ in more than arm, seed and what was known get tables of their own.
+
+    Returns:
+        `str`: Markdown.
+    """
+    blocks, lines = {}, ["# Change: products appended without training", LEGEND]
+    for cell in cells:
+        common = {
+            name: cell["settings"][name] for name in cell["settings"] if name not in ("arm", "seed", "trained_on")
+        }
+        blocks.setdefault(json.dumps(common, sort_keys=True), []).append(cell)
+    for block in blocks.values():
+        settings = block[0]["settings"]
+        model, embeddings = settings["model"], settings["embeddings"]
+        title = f"{settings['data']['name']}, {model['family']}, K = {settings['codebook_size']}"
+        lines += [f"## {title}, {settings['layers']} layers", "", *_statement(block)]
+        lines += [f"- model: {model}; training: {settings['training']}"]
+        lines += [f"- embeddings: {embeddings['kind']} ({embeddings['of']})", ""]
+        names = sorted(
+            {cell["settings"]["arm"]["name"] for cell in block}, key=lambda name: (name != "unpruned", name)
+        )
+        for name in names:
+            ways = {
+                way: {
+                    cell["seed"]: cell
+                    for cell in block
+                    if cell["settings"]["arm"]["name"] == name and cell["settings"]["trained_on"] == way
+                }
+                for way in WAYS
+            }
+            lines += [f"### {name}", "", *_arm_tables(ways), ""]
+        costs = {}
+        for cell in block:
+            way = f"{cell['settings']['arm']['name']}, {WAYS[cell['settings']['trained_on']]}"
+            costs.setdefault(way, []).append(cell)
+        lines += ["### Costs", "", *_cost_table(costs), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _arm_tables(ways):
+    """Of the seeds of which there are both models."""
+    seeds = sorted(ways[WITHOUT].keys() & ways[ALL].keys())
+    if not seeds:
+        return ["No seed has both models so far."]
+    results = {way: [cells[seed]["result"] for seed in seeds] for way, cells in ways.items()}
+    users = np.concatenate([result["users"] for result in results[WITHOUT]])
+    kinds = np.array(list("".join(result["kinds"] for result in results[WITHOUT])))
+    of_seed = np.repeat(seeds, [len(result["users"]) for result in results[WITHOUT]])
+    lines = [f"Seeds: {', '.join(map(str, seeds))}.", ""]
+    for level in ("item", "sid"):
+        ranked = {WAYS[way]: [result[f"{level}_ranks"] for result in results[way]] for way in WAYS}
+        if level == "item":
+            for name in results[WITHOUT][0]["text_only"]:
+                ranked[f"text only: {name}"] = [result["text_only"][name]["ranks"] for result in results[WITHOUT]]
+        values = {name: metrics(np.concatenate(ranks)) for name, ranks in ranked.items()}
+        values["difference"] = values[WAYS[WITHOUT]] - values[WAYS[ALL]]
+        lines += [f"{'Item' if level == 'item' else 'SID'}-level:", ""]
+        lines += ["| rows | | number | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
+        for group, letters in GROUPS.items():
+            chosen = np.isin(kinds, list(letters))
+            for name, of_rows in values.items():
+                row = _means(of_rows[chosen], users[chosen], of_seed[chosen], is_difference=name == "difference")
+                lines.append(f"| {group} | {name} | {chosen.sum()} | {row} |")
+        is_appended = kinds == "a"
+        if is_appended.any() and not is_appended.all():
+            lines += [
+                f"| appended - seen | {name} | | {_gaps(of_rows, is_appended, users)} |"
+                for name, of_rows in values.items()
+            ]
+        lines.append("")
+    return [*lines, *_cause_table(results[WITHOUT], kinds, users), "", *_placement_table(results[WITHOUT], seeds)]
+
+
+def _cause_table(results, kinds, users):
+    """Where the appended products of the model that was trained without them are lost: path, SID, or the order inside it."""
+    paths = np.array(list("".join(result["paths"] for result in results)))
+    found = {
+        name: np.concatenate([result[name] for result in results]) for name in ("item_ranks", "sid_ranks", "new_first")
+    }
+    at = METRICS.index("Recall@10")
+    hits = {name: metrics(ranks)[:, at] for name, ranks in found.items()}
+    groups = {"seen": kinds != "a", "appended": kinds == "a"}
+    groups |= {f"appended, {name}": paths == letter for letter, name in PATHS.items()}
+    lines = ["Causes, trained without, Recall@10:", ""]
+    lines += [
+        "| rows | number | item | SID | item, if appended came first inside a SID | misses of items whose SID was hit |"
+    ]
+    lines += ["|---" * 6 + "|"]
+    for group, chosen in groups.items():
+        columns = [_mean(hits[name][chosen], users[chosen]) for name in ("item_ranks", "sid_ranks", "new_first")]
+        missed = chosen & (hits["item_ranks"] == 0)
+        inside = int(hits["sid_ranks"][missed].sum())
+        lines.append(f"| {group} | {chosen.sum()} | " + " | ".join(columns) + f" | {inside} of {missed.sum()} |")
+    return lines
+
+
+def _placement_table(results, seeds):
+    lines = ["Where the appended products' SIDs lie:", ""]
+    lines += ["| seed | appended | on SIDs that others have | " + " | ".join(PATHS.values()) + " |", "|---" * 6 + "|"]
+    for seed, result in zip(seeds, results, strict=True):
+        placed = result["placed"]
+        counts = [placed["on_taken_sids"], *(placed["paths"][letter] for letter in PATHS)]
+        shares = [f"{count} ({count / placed['products']:.1%})" for count in counts]
+        lines.append(f"| {seed} | {placed['products']} | " + " | ".join(shares) + " |")
+    chosen = [
+        f"seed {seed}, {name}: latest {choice['latest']}, themselves {'ranked' if choice['ranks_history'] else 'left out'}"
+        for seed, result in zip(seeds, results, strict=True)
+        for name, choice in result["text_only"].items()
+    ]
+    return [*lines, "", f"Chosen for text only: {'; '.join(chosen)}."]
+
+
+def _means(values, users, of_seed, is_difference=False):
+    """Mean, deviation over seeds and interval of each metric, as columns; values of shape (R, M)."""
+    if not len(values):
+        return " | ".join(["none"] * len(METRICS))
+    sign, (low, high) = "+" if is_difference else "", interval(values, users)
+    per_seed = [values[of_seed == seed].mean(0) for seed in np.unique(of_seed)]
+    deviations = np.std(per_seed, axis=0, ddof=1) if len(per_seed) > 1 else None
+    return " | ".join(
+        f"{values[:, at].mean():{sign}.4f}"
+        + ("" if deviations is None else f" ± {deviations[at]:.4f}")
+        + f" [{low[at]:{sign}.4f}, {high[at]:{sign}.4f}]"
+        for at in range(len(METRICS))
+    )
+
+
+def _gaps(values, is_appended, users):
+    columns = []
+    for column in values.T:
+        low, high = interval_of_difference(column, is_appended, users)[:, 0]
+        columns.append(f"{column[is_appended].mean() - column[~is_appended].mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+    return " | ".join(columns)
+
+
+def _mean(values, users):
+    if not len(values):
+        return "none"
+    low, high = interval(values[:, None], users)[:, 0]
+    return f"{values.mean():.4f} [{low:.4f}, {high:.4f}]"
