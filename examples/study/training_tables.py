@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from cells import read_cells
+from schemes import shared_arms
 from training import FLOPS_RULE
 from training_comparisons import BASELINE, LAYER, paired_group_table, paired_table, summary
 from training_statistics import METRICS, interval, interval_of_difference, metrics, per_seed
@@ -20,6 +21,8 @@ RANKS = {
     "item_ranks": "Item-level",
     "sid_ranks": "SID-level",
     "given_first_token": "Item-level, the first token of the right SID given (swapped: that is the second layer's)",
+    "popularity_ranks": "Item-level, the same coarse SIDs, products inside by training purchases instead of similarity",
+    "dense_ranks": "Item-level, similarity alone, without the model, over all products",
 }
 LETTERS = "abcdefgh"
 LEGEND = """
@@ -30,6 +33,16 @@ baseline on the same rows, over the seeds that both have. *Head* and *tail* of a
 of the most frequent codes that hold half of the products (by items) or of the training purchases (by interactions); the same rows
 in all arms of a seed.
 """
+NOTES = {
+    "schemes": """Schemes, not replications: identifiers as in the named work, all with the model, the losses and the data below. *Unpruned*, *top … pruned*
+and *collisions by suffix* are RQ-KMeans, cells of the remedies. Rows of new tokens start from the codebooks, but from noise where
+there are none or they lie in another space (atomic, hierarchical, RQ-VAE): *unpruned, rows from noise* says what that changes.
+*Coarse SID, dense inside*: two layers; products ranked by a weight times the SID's log-probability plus the cosine of their
+embedding and a linear map (ridge regression on training rows) of the mean embedding of the history, its last product and the mean
+of what was bought with the same query; weight and ridge by validation rows. SID-level is of the coarse SIDs there, and of single
+products where each has an identifier of its own: not comparable between arms.
+"""
+}
 
 
 def write_training_tables(out):
@@ -46,23 +59,44 @@ def write_training_tables(out):
         cells = read_cells(out, name)
         if not cells:
             continue
+        if name == "schemes":
+            cells = add_shared_arms(cells, read_cells(out, "remedies"))
         folder.mkdir(parents=True, exist_ok=True)
         with replace_atomically(folder / f"{name}.md") as temporary:
-            Path(temporary).write_text(training_tables(title, cells), encoding="utf-8")
+            Path(temporary).write_text(training_tables(title, cells, NOTES.get(name, "")), encoding="utf-8")
         written.append(str(folder / f"{name}.md"))
     return written
 
 
-def training_tables(title, cells):
+def add_shared_arms(cells, remedies):
+    """
+    Args:
+        cells (`list[dict]`): Of the schemes.
+        remedies (`list[dict]`): Of the remedies.
+
+    Returns:
+        `list[dict]`: the first, and those of the second that are schemes, too, and differ from them in arm and seed only.
+    """
+    known = [_shared_settings(cell) for cell in cells]
+    return cells + [
+        cell
+        for cell in remedies
+        if _shared_settings(cell) in known
+        and cell["settings"]["arm"] in shared_arms(cell["settings"]["codebook_size"])
+    ]
+
+
+def training_tables(title, cells, note=""):
     """
     Args:
         title (`str`): What stands at the top.
         cells (`list[dict]`): Of one experiment; those that differ in more than arm and seed get tables of their own.
+        note (`str`, *optional*): What stands below the legend.
 
     Returns:
         `str`: Markdown.
     """
-    lines = [f"# {title}", LEGEND]
+    lines = [f"# {title}", LEGEND, *([note] if note else [])]
     blocks = _blocks(cells)
     for heading, block in zip(_headings(blocks), blocks, strict=True):
         settings = block[0]["settings"]
@@ -82,6 +116,12 @@ def training_tables(title, cells):
                 lines += ["", f"{label}:", ""]
                 lines += ["| arm | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
                 lines += [_metrics_row(name, same, ranks) for name, same in ranked.items()]
+        chosen = [(cell["seed"], cell["result"]["dense"]) for cell in block if "dense" in cell["result"]]
+        if chosen:
+            lines += ["", "Chosen for the ranking inside coarse SIDs:", ""]
+            lines += [
+                f"- seed {seed}: {', '.join(f'{name} {value}' for name, value in of.items())}" for seed, of in chosen
+            ]
         if BASELINE in arms and len(arms) > 1:
             lines += ["", "Paired, item-level:", "", *paired_table(arms)]
             layer = f"layer {LETTERS[LAYER]}"
@@ -182,7 +222,14 @@ def _group_columns(cells, kind, layer):
 
 def _cost_table(arms):
     names = ("parameters", "training tokens", "training FLOPs", "search seconds", "CPU seconds", "best epoch of")
-    names += ("unique SIDs", "mean length", "collision rate", "codes pruned", "ceiling of Recall@10")
+    names += (
+        "codes a layer, as fitted",
+        "unique SIDs",
+        "mean length",
+        "collision rate",
+        "codes pruned",
+        "ceiling of Recall@10",
+    )
     lines = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for name, cells in arms.items():
         results = [cell["result"] for cell in cells]
@@ -195,6 +242,7 @@ def _cost_table(arms):
             f"{np.mean([result['search_seconds'] for result in results]):.1f}",
             f"{np.mean([cell['cpu_seconds'] for cell in cells]):.0f}",
             ", ".join(f"{entry['epoch']:g}" for entry in best) + f" of {len(results[0]['validation'])}",
+            _codes_a_layer(cells),
             *(f"{np.mean([entry[key] for entry in sids]):,.4g}" for key in ("unique", "mean_length")),
             f"{np.mean([entry['collision_rate'] for entry in sids]):.3f}",
             f"{np.mean([entry['pruned'] for entry in sids]):.4g}",
@@ -202,6 +250,13 @@ def _cost_table(arms):
         ]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return lines
+
+
+def _codes_a_layer(cells):
+    """Of the first seed: where the largest leaf sets the size of a layer, others may have another number."""
+    settings, result = cells[0]["settings"], cells[0]["result"]
+    sizes = result.get("codebook_sizes", [settings["codebook_size"]] * settings["layers"])
+    return " + ".join(f"{size:,}" for size in sizes)
 
 
 def _statement(cells):

@@ -1,7 +1,35 @@
 """The study's identifier schemes, and the comparisons in the tables of trained cells, on made-up catalogues and ranks."""
 
+import json
+
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """320 products of 5 categories or none, and 60 users who buy 3 to 12 of them."""
+    folder, random = tmp_path_factory.mktemp("data") / "made", np.random.default_rng(0)
+    folder.mkdir()
+    items = {
+        str(item): {"title": f"Thing {item}", "categories": f"All,Kind {item % 5}" if item % 9 else ""}
+        for item in range(320)
+    }
+    bought = {str(user): random.integers(0, 320, random.integers(3, 12)).tolist() for user in range(60)}
+    (folder / "Made.inter.json").write_text(json.dumps(bought))
+    (folder / "Made.item.json").write_text(json.dumps(items))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def catalogue(study_modules, folder):
+    return study_modules["catalogues"].load_catalogue(folder)
+
+
+@pytest.fixture(scope="module")
+def points():
+    return np.random.default_rng(0).standard_normal((320, 6)).astype(np.float32)
 
 
 def make_cell(
@@ -102,3 +130,174 @@ def test_headings_tell_blocks_apart(study_modules):
         "## made up, product search, llama, K = 4, 3 layers, epochs = 2",
     ]
     assert "In short" not in text and "Paired" not in text.split("## ", 1)[1]
+
+
+def test_hierarchical_codes_are_nested_clusters(study_modules, catalogue, points, tmp_path):
+    scheme_codes = study_modules["scheme_codes"]
+    # three far groups of three near ones of three products each, and what a product of the middle groups sold most
+    place = np.arange(27)
+    known = np.stack([100.0 * (place // 9), 5.0 * (place // 3 % 3)], 1) + np.random.default_rng(0).normal(
+        0, 0.1, (27, 2)
+    )
+    made = scheme_codes.hierarchical_codes(known, -place, layers=3, seed=0)
+    assert made.sizes == [3, 3, 3] and len(np.unique(made.codes, axis=0)) == 27
+    for codes, group in ((made.codes[:, 0], place // 9), (made.codes[:, 0] * 3 + made.codes[:, 1], place // 3)):
+        pairs = set(zip(codes.tolist(), group.tolist(), strict=True))
+        assert len(pairs) == len(set(codes.tolist())) == len(set(group.tolist()))
+    assert made.codes[:, 2].tolist() == [0, 1, 2] * 9
+    # of any points: unique, and within one prefix numbered from 0 without gaps
+    kept = [scheme_codes.kept_hierarchical_codes(catalogue, points, {}, tmp_path, 3, seed=1) for _ in range(2)]
+    assert (kept[0].codes == kept[1].codes).all() and kept[0].sizes == kept[1].sizes
+    codes, sizes = kept[0].codes, kept[0].sizes
+    assert sizes[:2] == [7, 7] and (codes.max(0) < sizes).all() and codes[:, 2].max() == sizes[2] - 1
+    assert len(np.unique(codes, axis=0)) == 320
+    for prefix in np.unique(codes[:, :2], axis=0):
+        leaf = np.flatnonzero((codes[:, :2] == prefix).all(1))
+        assert sorted(codes[leaf, 2].tolist()) == list(range(len(leaf)))
+        sold = catalogue.popularity[leaf[np.argsort(codes[leaf, 2])]]
+        assert (np.diff(sold) <= 0).all()
+    # the clusters of a parent are those of its products alone: the nearest of its children's means is a product's own
+    parent = np.flatnonzero(codes[:, 0] == 0)
+    means = np.stack([points[parent][codes[parent, 1] == child].mean(0) for child in np.unique(codes[parent, 1])])
+    nearest = np.square(points[parent][:, None] - means).sum(2).argmin(1)
+    assert (np.unique(codes[parent, 1])[nearest] == codes[parent, 1]).mean() > 0.9
+    # equal products, more of them than clusters: their leaf numbers tell them apart
+    equal = scheme_codes.hierarchical_codes(np.zeros((30, 2)), np.ones(30), layers=3, seed=0)
+    assert equal.sizes == [4, 4, 30] and len(np.unique(equal.codes, axis=0)) == 30
+
+
+def test_catalogs_of_the_schemes(study_modules, catalogue, points):
+    training, arms = study_modules["training"], study_modules["schemes"].scheme_arms()
+    assert len({arm["name"] for arm in arms}) == len(arms) == 5
+    shared = {arm["name"] for arm in study_modules["schemes"].shared_arms(128)}
+    assert shared == {"unpruned", "collisions by suffix", "top 13 of 128 pruned"}
+    by_scheme = {arm["scheme"]: arm for arm in arms}
+    atomic = study_modules["scheme_codes"].atomic_codes(320)
+    catalog, quantizer = training.build_catalog(catalogue, atomic, by_scheme["atomic"], points)
+    described = training.describe_sids(catalog)
+    assert quantizer is None and catalog.codebook_sizes == [320]
+    assert (described["unique"], described["mean_length"], described["collision_rate"]) == (320, 1, 0)
+    codes = study_modules["scheme_codes"].PlainCodes(np.arange(320)[:, None] // [64, 4, 2] % [5, 16, 1], [5, 16, 2])
+    catalog, _ = training.build_catalog(catalogue, codes, by_scheme["RQ-VAE"], points)
+    assert catalog.suffix_size >= 4 and training.describe_sids(catalog)["unique"] == 320
+
+
+def test_coarse_codes_are_the_first_layers(study_modules, catalogue, points, tmp_path):
+    options = {"quantizer": "RQ-KMeans", "init": "random, no relocation", "codebook_size": 16, "seed": 3}
+    make = study_modules["codes"].make_codes
+    coarse, fine = (make(catalogue, points, {}, tmp_path, layers=layers, **options) for layers in (2, 3))
+    assert (coarse.codes == fine.codes[:, :2]).all()
+
+
+def test_query_side_by_hand(study_modules, catalogue, points):
+    query_side = study_modules["query_side"]
+    units = query_side.unit_rows(points)
+    assert np.linalg.norm(units, axis=1) == pytest.approx(1) and not query_side.unit_rows(np.zeros((1, 3))).any()
+    queries = query_side.QuerySide(catalogue, units)
+    rows = catalogue.splits["train"][:8] | {}
+    rows["history"][0] = []
+    rows["query"][1] = "never asked"
+    train, row_of = catalogue.splits["train"], {name: row for row, name in enumerate(catalogue.product_ids)}
+    for is_training in (False, True):
+        found = queries.features(rows, is_training)
+        for at, (history, query) in enumerate(zip(rows["history"], rows["query"], strict=True)):
+            vectors = units[[row_of[product] for product in history]]
+            same = [
+                units[row_of[product]]
+                for number, (asked, product) in enumerate(zip(train["query"], train["product"], strict=True))
+                if asked == query and not (is_training and number == at)
+            ]
+            wanted = [vectors.mean(0), vectors[-1]] if len(history) else [np.zeros(6)] * 2
+            wanted += [np.mean(same, 0) if same else np.zeros(6), [1.0]]
+            if not (is_training and query == "never asked"):  # no training row
+                assert found[at] == pytest.approx(np.concatenate(wanted), abs=1e-6), (at, is_training)
+    # ridge regression as of scikit-learn, whose intercept is not penalized either
+    matrices = queries.fit((1.0, 10.0))
+    features = queries.features(train[:], is_training=True)
+    bought = units[[row_of[product] for product in train["product"]]]
+    for ridge, matrix in matrices.items():
+        known = Ridge(alpha=ridge).fit(features[:, :-1], bought)
+        assert matrix == pytest.approx(np.vstack([known.coef_.T, known.intercept_]), abs=1e-5)
+    vectors = queries.embed(catalogue.splits["test"], matrices[1.0])
+    assert vectors.shape == (60, 6) and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_ranking_inside_coarse_sids(study_modules, monkeypatch):
+    from rqsid import ProductCatalog
+
+    coarse_dense, random = study_modules["coarse_dense"], np.random.default_rng(0)
+    monkeypatch.setattr(coarse_dense, "ROWS", 3)
+    popularity = random.integers(0, 4, 120)
+    ids = [str(row) for row in range(120)]
+    catalog = ProductCatalog.build(ids, random.integers(0, 5, (120, 2)), [5, 5], popularity=popularity)
+    units = study_modules["query_side"].unit_rows(random.standard_normal((120, 4)))
+    units[50:] = units[:70]  # equal products: their order must be the SID's place and popularity
+    vectors = study_modules["query_side"].unit_rows(random.standard_normal((7, 4)))
+    sids = np.stack([random.permutation(catalog.num_sids)[:6] for _ in range(7)])
+    scores = -np.sort(random.exponential(1, sids.shape), axis=1).astype(np.float32)
+    sids[2, 4:], scores[2, 4:] = -1, -np.inf
+    sid_of = catalog.sid_rows(np.arange(120))
+    ranked = coarse_dense.rank_inside(catalog, sids, scores, vectors, units, [0.0, 0.3, 1000.0])
+    cosines = vectors @ units.T  # as there, so that equal products have equal bits
+    for weight, products in zip((0.0, 0.3, 1000.0), ranked, strict=True):
+        for row in range(7):
+            found = [
+                (-(np.float32(weight) * score + cosines[row, product]), place, -popularity[product], product)
+                for place, (sid, score) in enumerate(zip(sids[row], scores[row], strict=True))
+                for product in np.flatnonzero(sid_of == sid)
+            ]
+            wanted = [product for *_, product in sorted(found)][:50]
+            assert products[row].tolist() == wanted + [-1] * (50 - len(wanted)), (weight, row)
+    everything = coarse_dense.rank_all(vectors, units)
+    assert (np.take_along_axis(cosines, everything, 1) == -np.sort(-cosines, 1)[:, :50]).all()
+
+
+@pytest.mark.slow
+def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypatch):
+    schemes, coarse_dense, cells = (study_modules[name] for name in ("schemes", "coarse_dense", "cells"))
+    fitted, fit = [], coarse_dense.fit_model
+    monkeypatch.setattr(coarse_dense, "fit_model", lambda *arguments: fitted.append(fit(*arguments)) or fitted[-1])
+    described = {"kind": "made", "of": "up", "dim": 6, "digest": "0"}
+    options = {"size": 16, "seeds": [0], "quick": True}
+    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 8
+    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 0
+    own = {cell["settings"]["arm"].get("scheme"): cell["result"] for cell in cells.read_cells(tmp_path, "schemes")}
+    (unpruned,) = (
+        cell["result"]
+        for cell in cells.read_cells(tmp_path, "remedies")
+        if cell["settings"]["arm"]["name"] == "unpruned"
+    )
+    for name, result in own.items():
+        assert result["groups"] == unpruned["groups"] and result["users"] == unpruned["users"], name
+        assert max(result["item_ranks"]) > 0
+    for name in ("atomic", "hierarchical", "RQ-VAE"):
+        assert own[name]["item_ranks"] == own[name]["sid_ranks"]
+        assert own[name]["sids"]["unique"] == 320
+    assert own["noise"]["sids"] == unpruned["sids"] and own["noise"]["parameters"] == unpruned["parameters"]
+    assert own["noise"]["validation"] != unpruned["validation"]
+    # 304 codes more, of 32 numbers each, as input and output rows are one
+    assert own["atomic"]["parameters"] - unpruned["parameters"] == 32 * (320 - 3 * 16)
+
+    # the beams are those of the trainer, whose products of a SID come by popularity
+    training, (trainer,) = study_modules["training"], fitted
+    test = catalogue.splits["test"].select(range(50))
+    products, sids, labels, _ = training.rank_rows(trainer, test)
+    coarse = own["coarse"]
+    assert coarse["popularity_ranks"] == training.ranks_of(products, labels)
+    assert coarse["sid_ranks"] == training.ranks_of(sids, trainer.processing_class.catalog.sid_rows(labels))
+    assert coarse["dense"]["ridge"] in coarse_dense.RIDGES and coarse["dense"]["weight"] in coarse_dense.WEIGHTS
+    assert coarse["sids"]["mean_length"] == 2 and coarse["item_ranks"] != coarse["popularity_ranks"]
+
+    (file,) = [
+        path
+        for path in study_modules["training_tables"].write_training_tables(tmp_path)
+        if path.endswith("schemes.md")
+    ]
+    with open(file, encoding="utf-8") as opened:
+        text = opened.read()
+    assert text.count("\n## ") == 1 and "not replications" in text
+    assert "14 comparisons" in text
+    # paired metrics, of one seed
+    assert any(f"| atomic ids (as DSI) | 1 | {sign}" in text for sign in "+-")
+    assert f"- seed 0: ridge {coarse['dense']['ridge']}, weight " in text
+    assert "similarity alone" in text and "| 320 | 320 | 1 | 0.000 |" in text

@@ -1,0 +1,108 @@
+"""
+Experiment 7: other ways to name a product, each on the same trainer, with the same model, data and epochs.
+
+These are schemes, not replications: of DSI, NCI, TIGER and GDR only the identifiers are taken, and not their models, losses,
+generated queries, encoders or sizes.
+"""
+
+from cells import run_cells
+from coarse_dense import coarse_dense_cell
+from codes import make_codes
+from scheme_codes import PlainCodes, atomic_codes, kept_hierarchical_codes
+from training import train_cell
+from training_cells import (
+    BASE,
+    LAYERS,
+    MODEL,
+    QUICK_MODEL,
+    QUICK_TRAINING,
+    SEEDS,
+    SIZE,
+    TRAINING,
+    TRAINING_CODE,
+    UNPRUNED,
+    _train,
+    remedy_arms,
+)
+
+COARSE_LAYERS = 2
+
+
+def scheme_arms(num_epochs=40):
+    """
+    What `remedies` has not. Rows of new tokens start from the codebooks where there are any, and from noise elsewhere; what that
+    alone changes says the first arm, the baseline from noise.
+
+    Args:
+        num_epochs (`int`, *optional*, defaults to 40): Of the RQ-VAE.
+    """
+    plain = {name: value for name, value in UNPRUNED.items() if name != "init"}
+    return [
+        UNPRUNED | {"name": "unpruned, rows from noise", "scheme": "noise"},
+        plain | {"name": "atomic ids (as DSI)", "scheme": "atomic"},
+        plain | {"name": "hierarchical k-means (as NCI)", "scheme": "hierarchical"},
+        plain
+        | {"name": "RQ-VAE, suffix (as TIGER)", "scheme": "RQ-VAE", "init": "relocated", "collisions": "suffix"}
+        | {"quantizer_epochs": num_epochs},
+        UNPRUNED | {"name": "coarse SID, dense inside (as GDR)", "scheme": "coarse", "coarse_layers": COARSE_LAYERS},
+    ]
+
+
+def shared_arms(size):
+    """Those of `remedies` that are schemes, too: SIDs shared, with suffixes, and pruned by the paper's share."""
+    names = (UNPRUNED["name"], "collisions by suffix", f"top {max(1, round(0.098 * size))} of {size} pruned")
+    return [arm for arm in remedy_arms(size) if arm["name"] in names]
+
+
+def schemes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+    """
+    See [`remedies`], of which three arms are cells of this experiment, too: they are computed if they are missing, as cells of
+    `remedies`, after the others.
+
+    Returns:
+        `int`: how many cells were computed.
+    """
+    model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
+    training = training | ({"epochs": epochs} if epochs else {})
+    cells = [
+        {
+            "data": catalogue.settings() | {"task": catalogue.task},
+            "embeddings": described,
+            "quantizer": BASE["quantizer"],
+            "codebook_size": size,
+            "layers": layers,
+            "arm": arm,
+            "model": model | {"family": "llama"},
+            "training": training,
+            "seed": seed,
+        }
+        for arm in scheme_arms(*([2] if quick else []))
+        for seed in seeds
+    ]
+
+    def compute(settings, checkpoint_dir):
+        arm, seed = settings["arm"], settings["seed"]
+
+        def codes(quantizer, init, layers=layers, **options):
+            return make_codes(catalogue, embeddings, described, out, quantizer, init, size, layers, seed, **options)
+
+        base = codes(BASE["quantizer"], BASE["init"])
+        if arm["scheme"] == "coarse":
+            coarse = codes(BASE["quantizer"], BASE["init"], layers=arm["coarse_layers"])
+            result = coarse_dense_cell(settings, checkpoint_dir, catalogue, coarse, base, embeddings)
+            return result | {"codebook_sizes": coarse.sizes}
+        if arm["scheme"] == "noise":
+            named = PlainCodes(base.codes, base.sizes)
+        elif arm["scheme"] == "atomic":
+            named = atomic_codes(len(embeddings))
+        elif arm["scheme"] == "hierarchical":
+            named = kept_hierarchical_codes(catalogue, embeddings, described, out, layers, seed)
+        else:
+            fitted = codes("RQ-VAE", arm["init"], epochs=arm["quantizer_epochs"])
+            named = PlainCodes(fitted.codes, fitted.sizes)
+        result = train_cell(settings, checkpoint_dir, catalogue, named, base, embeddings)
+        return result | {"codebook_sizes": named.sizes}
+
+    computed = run_cells(out, "schemes", cells, compute, TRAINING_CODE)
+    grid = [(arm, "llama", size, layers, seed) for arm in shared_arms(size) for seed in seeds]
+    return computed + _train(catalogue, embeddings, described, out, "remedies", grid, quick, epochs)
