@@ -1,0 +1,218 @@
+"""Tables of experiment 6, from the ranks that its cells hold; the same cells give the same bytes."""
+
+from pathlib import Path
+
+import numpy as np
+from cells import read_cells
+from training import FLOPS_RULE
+from training_tables import METRICS, interval, metrics
+
+from rqsid.sid_tokenizer.files import replace_atomically
+
+BASELINES = ("SID model", "dual tower")
+# What each method keeps in memory, by the names of the cells; ids of products are everybody's.
+TOWER, SIDS = ("tower", "item matrix"), ("SID model", "trie and catalog")
+PARTS = {
+    "popularity": ("popularity",),
+    "item-transition kNN": ("transitions", "popularity"),
+    "dual tower": TOWER,
+    "SID model": SIDS,
+    "hybrid": (*SIDS, *TOWER, "popularity"),
+    "hybrid, union": (*SIDS, *TOWER, "popularity"),
+}
+LEGEND = """
+All methods answer the same test rows with lists of 50 products; a row is a hit where the product bought is ranked. One target a row.
+
+- *popularity*: by training purchases; where queries are constructed of categories, within the category asked for.
+- *item-transition kNN*: shares of the next three purchases in training rows (counting 1, 1/2, 1/3), summed over the history, each
+  step back worth half; the query is not read.
+- *dual tower*: the products of largest inner product with the embedded query, of all products.
+- *SID model*: beam search, unpruned SIDs; products that share a SID come by training purchases.
+- *hybrid*: the search's products (as many as *candidates* says), re-scored by a linear combination. *hybrid, union*: those and the
+  tower's first 50. Log-probability of the SID (of a product that the search did not find the lowest that it found in that row); 1
+  if the search found it; inner product in the tower; log(1 + training purchases); 1 if it is in the user's history; and recency, 1 / n
+  for the n-th latest product of that history, 0 for others. How long ago others last bought a product is not read: not all of the
+  data have times. Weights minimise the listwise cross-entropy on validation rows whose product is a candidate; no test row enters.
+
+Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean over the seeds; they say nothing about
+other seeds. ± is the standard deviation over seeds. *Paired*: difference on the same rows, over the same seeds.
+"""
+LATENCY_NOTE = """
+Milliseconds a row, from the row to ranked products, the median over calls, and the mean over seeds. Measured once, in the run that made
+the cell, on a machine that may have been busy with other work: ratios are indications, and no more. The tower's products are compared
+with the query one by one, without an index of neighbours, and the SIDs' model runs as eager PyTorch.
+"""
+
+
+def write_dense_tables(out):
+    """
+    Args:
+        out (`str` or `os.PathLike`):
+            Folder of results; the table goes to its folder `tables`.
+
+    Returns:
+        `list[str]`: the files written; none if there are no cells.
+    """
+    cells = read_cells(out, "dense")
+    if not cells:
+        return []
+    path = Path(out) / "tables" / "dense.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(path) as temporary:
+        Path(temporary).write_text(dense_tables(cells), encoding="utf-8")
+    return [str(path)]
+
+
+def dense_tables(cells):
+    """
+    Args:
+        cells (`list[dict]`): Of experiment 6; those that differ in more than the seed get tables of their own.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = ["# Generative against dense", LEGEND]
+    blocks = {}
+    for cell in cells:
+        key = str(sorted((name, value) for name, value in cell["settings"].items() if name != "seed"))
+        blocks.setdefault(key, []).append(cell)
+    for block in blocks.values():
+        settings, results = block[0]["settings"], [cell["result"] for cell in block]
+        title = f"{settings['data']['name']}, {settings['data']['task']}, K = {settings['codebook_size']}"
+        lines += [f"## {title}, {settings['layers']} layers", "", *_statement(block)]
+        lines += ["", *_header("method", METRICS)]
+        lines += [_metrics_row(name, results) for name in PARTS]
+        for baseline in BASELINES:
+            lines += ["", "Paired:", "", *_header(f"method - {baseline}", METRICS)]
+            lines += [_paired_row(name, baseline, results) for name in PARTS if name != baseline]
+        lines += ["", "Weights of the hybrids, in the units of the features:", "", *_weights_table(results)]
+        lines += ["", "On the validation rows, to which the weights of the hybrids were fitted:", ""]
+        lines += _validation_table(results)
+        lines += ["", "Latency:", LATENCY_NOTE, *_latency_table(results)]
+        lines += ["", "Memory, in MB (10^6 bytes), beside ids of the products:", "", *_memory_table(results)]
+        lines += ["", "Training:", "", *_training_table(results), ""]
+    return "\n".join(lines) + "\n"
+
+
+def _values(name, results):
+    """Shape: (seeds, R, M)."""
+    return np.stack([metrics(result["methods"][name]) for result in results])
+
+
+def _metrics_row(name, results):
+    values = _values(name, results)
+    low, high = interval(values.mean(0), results[0]["users"])
+    columns = [f"{mean} [{low[at]:.4f}, {high[at]:.4f}]" for at, mean in enumerate(_means(values.mean(1), ".4f"))]
+    return _row(name, columns)
+
+
+def _paired_row(name, baseline, results):
+    values = (_values(name, results) - _values(baseline, results)).mean(0)
+    low, high = interval(values, results[0]["users"])
+    means = values.mean(0)
+    return _row(name, [f"{means[at]:+.4f} [{low[at]:+.4f}, {high[at]:+.4f}]" for at in range(len(METRICS))])
+
+
+def _weights_table(results):
+    features = list(results[0]["weights"]["hybrid"])
+    lines = _header("method", [*features, "rows fitted on", "test rows with the product among candidates"])
+    for name in results[0]["weights"]:
+        weights = np.array([[result["weights"][name][feature] for feature in features] for result in results])
+        rows = ", ".join("{} of {}".format(*result["fitted_rows"][name]) for result in results)
+        ceiling = _means(np.array([[result["ceilings"][name]] for result in results]), ".4f")
+        lines.append(_row(name, [*_means(weights, ".3f"), rows, *ceiling]))
+    return lines
+
+
+def _validation_table(results):
+    names = ("recall@10", "ndcg@10")
+    lines = _header("method", ("Recall@10", "NDCG@10"))
+    for method in PARTS:
+        values = np.array([[result["validation_methods"][method][name] for name in names] for result in results])
+        lines.append(_row(method, _means(values, ".4f")))
+    return lines
+
+
+def _latency_table(results):
+    first = results[0]["latency"]
+    kinds = {"single": "one row at a time", "batch": f"batches of {first['sizes']['batch'][0]}"}
+    columns = [name for kind in kinds.values() for name in (kind, "/ SID model")]
+    lines = [f"On {first['device']}, {first['threads']} thread{'s' if first['threads'] > 1 else ''}:", ""]
+    lines += _header("method", columns)
+    for method in PARTS:
+        cells = []
+        for kind in kinds:
+            times = [np.mean([result["latency"][kind][name] for result in results]) for name in (method, "SID model")]
+            cells += [f"{times[0]:.3g}", f"{times[0] / times[1]:.3g}"]
+        lines.append(_row(method, cells))
+    return lines
+
+
+def _memory_table(results):
+    parts = [part for part in results[0]["memory"] if part != "product ids"]
+    megabytes = {part: np.mean([result["memory"][part] for result in results]) / 1e6 for part in parts}
+    lines = _header("method", [*parts, "sum"])
+    for method, used in PARTS.items():
+        cells = [f"{megabytes[part]:.3f}" if part in used else "" for part in parts]
+        lines.append(_row(method, [*cells, f"{sum(megabytes[part] for part in used):.3f}"]))
+    return lines
+
+
+def _training_table(results):
+    def mean(values, form):
+        return f"{np.mean(values):{form}}" if None not in values else "not kept"
+
+    lines = _header(
+        "model", ("parameters", "training tokens", "training FLOPs", "CPU seconds of training", "best epoch")
+    )
+    best = [max(result["validation"], key=lambda entry: entry["ndcg@10"])["epoch"] for result in results]
+    names = (("parameters", ",.0f"), ("training_tokens", ",.0f"), ("training_flops", ".2e"))
+    sids = [mean([result[name] for result in results], form) for name, form in names]
+    epochs = ", ".join(f"{epoch:g}" for epoch in best) + f" of {len(results[0]['validation'])}"
+    lines.append(_row("SID model", [*sids, "in the cost of the cells", epochs]))
+    towers = [result["tower"] for result in results]
+    tower = [
+        mean([one[name] for one in towers], form) for name, form in (("parameters", ",.0f"), ("cpu_seconds", ".0f"))
+    ]
+    lines.append(_row(f"dual tower of {towers[0]['dim']} dimensions", [tower[0], "", "", tower[1], ""]))
+    return lines
+
+
+def _statement(cells):
+    """What every table says of itself: data set, task, protocol, tie order, seeds, commit, cost."""
+    settings, results = cells[0]["settings"], [cell["result"] for cell in cells]
+    embeddings = settings["embeddings"]
+    about = results[0]["about"] | {
+        "test rows": f"{len(results[0]['item_ranks'])} of {len(set(results[0]['users']))} users, searched once; the epoch is the best "
+        "by NDCG@10 on validation rows",
+        "SIDs": f"{settings['quantizer']}, {settings['arm']['init']}, of embeddings: {embeddings['kind']} ({embeddings['of']})",
+        "model": f"{settings['model']}; training: {settings['training']}",
+        "dual tower": f"{settings['tower']}, trained on the training rows with the cell's seed",
+        "candidates": f"{settings['candidates']} products of {settings['training']['num_beams']} beams",
+        "seeds": ", ".join(str(seed) for seed in sorted(cell["seed"] for cell in cells)),
+        "commit": ", ".join(sorted({str(cell["commit"]) for cell in cells}))
+        + "; "
+        + ", ".join(f"{name} {version}" for name, version in cells[0]["versions"].items()),
+        "cost": f"{sum(cell['cpu_seconds'] for cell in cells):.0f} s of CPU for {len(cells)} cells (towers and codebooks that were "
+        f"there already not counted), {sum(result['training_tokens'] for result in results):,} training tokens, "
+        f"{sum(result['training_flops'] for result in results):.2e} FLOPs, estimated as {FLOPS_RULE}, "
+        f"{sum(result['search_seconds'] for result in results):.0f} s for the test rows by all methods",
+    }
+    return [f"- {name}: {value}" for name, value in about.items()]
+
+
+def _means(values, form):
+    """Mean and, of several seeds, standard deviation of each column: values of shape (seeds, M)."""
+    deviations = values.std(0, ddof=1) if len(values) > 1 else None
+    return [
+        f"{mean:{form}}" + ("" if deviations is None else f" ± {deviations[at]:{form}}")
+        for at, mean in enumerate(values.mean(0))
+    ]
+
+
+def _header(first, names):
+    return [f"| {first} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+
+
+def _row(first, columns):
+    return f"| {first} | " + " | ".join(columns) + " |"
