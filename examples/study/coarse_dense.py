@@ -25,7 +25,8 @@ ROWS = 256
 def coarse_dense_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embeddings):
     """
     As [`train_cell`], of a model of the coarse SIDs. SIDs and products of `num_beams` beams are ranked by
-    `weight * log-probability of the SID + cosine(query, product)`; weight and ridge are the best by NDCG@10 on validation rows.
+    `weight * log-probability of the SID + cosine(query, product)`; weight and ridge are the best by NDCG@10 on validation rows. The
+    epoch is chosen as elsewhere: with products inside a SID by training purchases.
 
     Returns:
         `dict`: as of [`train_cell`], and `popularity_ranks`, the products inside a SID by training purchases, `dense_ranks`,

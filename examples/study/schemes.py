@@ -21,7 +21,7 @@ from training_cells import (
     TRAINING,
     TRAINING_CODE,
     UNPRUNED,
-    _train,
+    remedies,
     remedy_arms,
 )
 
@@ -54,14 +54,27 @@ def shared_arms(size):
     return [arm for arm in remedy_arms(size) if arm["name"] in names]
 
 
-def schemes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+def schemes(
+    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None, names=None
+):
     """
-    See [`remedies`], of which three arms are cells of this experiment, too: they are computed if they are missing, as cells of
-    `remedies`, after the others.
+    See [`remedies`], of which three arms are cells of this experiment, too (two if quick): they are computed if they are missing,
+    as cells of `remedies`, after the others.
 
     Returns:
         `int`: how many cells were computed.
+
+    Raises:
+        `ValueError`: if there is no arm of such a name.
     """
+    arms, shared = scheme_arms(*([2] if quick else [])), [arm["name"] for arm in shared_arms(size)]
+    strangers = set(names or ()) - {arm["name"] for arm in arms} - set(shared)
+    if strangers:
+        known = [arm["name"] for arm in arms] + shared
+        raise ValueError(f"No arm is called {sorted(strangers)}. Choose among {known}.")
+    if names:
+        arms = [arm for arm in arms if arm["name"] in names]
+        shared = [name for name in shared if name in names]
     model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
     training = training | ({"epochs": epochs} if epochs else {})
     cells = [
@@ -76,7 +89,7 @@ def schemes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, see
             "training": training,
             "seed": seed,
         }
-        for arm in scheme_arms(*([2] if quick else []))
+        for arm in arms
         for seed in seeds
     ]
 
@@ -104,5 +117,7 @@ def schemes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, see
         return result | {"codebook_sizes": named.sizes}
 
     computed = run_cells(out, "schemes", cells, compute, TRAINING_CODE)
-    grid = [(arm, "llama", size, layers, seed) for arm in shared_arms(size) for seed in seeds]
-    return computed + _train(catalogue, embeddings, described, out, "remedies", grid, quick, epochs)
+    if shared:
+        options = {"size": size, "layers": layers, "seeds": seeds, "quick": quick, "epochs": epochs, "names": shared}
+        computed += remedies(catalogue, embeddings, described, out, **options)
+    return computed

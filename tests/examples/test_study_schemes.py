@@ -259,7 +259,11 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     monkeypatch.setattr(coarse_dense, "fit_model", lambda *arguments: fitted.append(fit(*arguments)) or fitted[-1])
     described = {"kind": "made", "of": "up", "dim": 6, "digest": "0"}
     options = {"size": 16, "seeds": [0], "quick": True}
-    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 8
+    assert schemes.schemes(catalogue, points, described, tmp_path, names=["atomic ids (as DSI)"], **options) == 1
+    assert not (tmp_path / "remedies.jsonl").exists()
+    with pytest.raises(ValueError, match="No arm is called .'DSI'"):
+        schemes.schemes(catalogue, points, described, tmp_path, names=["DSI"], **options)
+    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 6
     assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 0
     own = {cell["settings"]["arm"].get("scheme"): cell["result"] for cell in cells.read_cells(tmp_path, "schemes")}
     (unpruned,) = (
@@ -296,7 +300,7 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     with open(file, encoding="utf-8") as opened:
         text = opened.read()
     assert text.count("\n## ") == 1 and "not replications" in text
-    assert "14 comparisons" in text
+    assert "12 comparisons" in text
     # paired metrics, of one seed
     assert any(f"| atomic ids (as DSI) | 1 | {sign}" in text for sign in "+-")
     assert f"- seed 0: ridge {coarse['dense']['ridge']}, weight " in text
