@@ -17,7 +17,7 @@ from training_statistics import METRICS, metrics
 from rqsid import SIDTrie
 from rqsid.modeling.beam_search import beam_search
 
-RIDGES = (1.0, 10.0, 100.0)
+RIDGES = (0.01, 0.1, 1.0, 10.0)
 WEIGHTS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)  # of log-probabilities; cosines are below 1
 ROWS = 256
 
