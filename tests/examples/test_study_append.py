@@ -9,7 +9,7 @@ import pytest
 
 from rqsid import search
 
-NUM_PRODUCTS, SIZE = 320, 12
+NUM_PRODUCTS, SIZE = 320, 6
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,13 @@ def test_rows_by_date_without_products(study_modules, catalogue, left_out):
 def test_appended_products_are_found(study_modules, catalogue, points, left_out, tmp_path):
     append, training, cells = (study_modules[name] for name in ("append", "training", "training_cells"))
     seen, kept = study_modules["append_split"].without(catalogue, left_out), np.delete(np.arange(320), left_out)
+    popularity = (
+        np.arange(len(kept)) % 3
+    )  # a third of the products without purchases, so that their SIDs are untrained
+    seen = replace(seen, sequences=[], purchases=SimpleNamespace(popularity=popularity))
     codes = study_modules["codes"].make_codes(seen, points[kept], {}, tmp_path, "RQ-KMeans", "relocated", SIZE, 3, 0)
     names = [catalogue.product_ids[row] for row in left_out]
-    pruning = {"strategy": "top_k", "layer": 1, "top_k": 6}
+    pruning = {"strategy": "top_k", "layer": 1, "top_k": 3}
     for arm in (cells.UNPRUNED, cells.UNPRUNED | {"pruning": pruning}):
         catalog, quantizer = training.build_catalog(seen, codes, arm, points[kept])
         tokenizer = training.SIDTokenizer.from_base(training.base_tokenizer(seen, 300), catalog, quantizer)
@@ -109,6 +113,7 @@ def test_appended_products_are_found(study_modules, catalogue, points, left_out,
         after = [tuple(sid) for sid in tokenizer.encode_products(names)]
         for sid, path in zip(after, paths, strict=True):
             assert path == "f" if sid in trained else path == "pn"[all(sid[:2] != other[:2] for other in trained)]
+        assert len(set(paths)) > 1
         taken = sum(sid in {tuple(sid) for sid in before} for sid in after)
         counts = {path: paths.count(path) for path in "fpn"}
         assert placed == {"products": 18, "on_taken_sids": taken, "paths": counts}
@@ -156,14 +161,15 @@ def test_cells_and_tables(study_modules, catalogue, points, tmp_path, monkeypatc
     monkeypatch.setattr(
         append, "fit_model", lambda *arguments: trainers.append((arguments, fit(*arguments))) or trainers[-1][1]
     )
-    # All 63 test rows, so that some are of appended products.
+    # All 63 test rows and a fifth of the products, so that some rows are of appended products that share their SID.
+    monkeypatch.setattr(append, "SHARE", 0.2)
     monkeypatch.setattr(append, "QUICK_TRAINING", append.QUICK_TRAINING | {"test_rows": None})
     described, options = {"kind": "sentence encoder", "of": "nothing"}, {"size": SIZE, "seeds": [0], "quick": True}
     assert tables.write_append_tables(tmp_path) == []
     assert append.append(catalogue, points, described, tmp_path, **options) == 2
     assert append.append(catalogue, points, described, tmp_path, **options) == 0
     (known, trainer), (everything, _) = trainers
-    appended = {str(row) for row in study_modules["append_split"].draw(NUM_PRODUCTS, 0.05, seed=0)}
+    appended = {str(row) for row in study_modules["append_split"].draw(NUM_PRODUCTS, 0.2, seed=0)}
     assert not words_of(known[2]) & appended and everything[2] is catalogue
     catalog = trainer.processing_class.catalog
     rows = {row for products in trainer.train_dataset["product_rows"] for row in products}
@@ -181,10 +187,19 @@ def test_cells_and_tables(study_modules, catalogue, points, tmp_path, monkeypatc
     ]
     assert without["kinds"] == with_all["kinds"] == "".join(kinds) and set(kinds) == {*"ahs"}
     assert without["users"] == with_all["users"] and without["groups"] == with_all["groups"]
-    assert without["paths"] == "".join(
-        path if kind == "a" else "-" for path, kind in zip(without["paths"], kinds, strict=True)
-    )
-    assert sum(without["placed"]["paths"].values()) == without["placed"]["products"] == 16
+    tokenizer, seen = trainer.processing_class, known[2]
+    row_of = {product: row for row, product in enumerate(catalogue.product_ids)}
+    theirs = points[[row_of[product] for product in catalog.product_ids(np.arange(NUM_PRODUCTS))]]
+    assert (catalog.codes == tokenizer.quantizer.encode(theirs)).all()
+    bought = [product for product, count in zip(seen.product_ids, seen.popularity, strict=True) if count]
+    trained = {tuple(sid) for sid in tokenizer.encode_products(bought)}
+    starts = {sid[:2] for sid in trained}
+    expected = [
+        "-" if kind != "a" else "f" if tuple(sid) in trained else "p" if tuple(sid[:2]) in starts else "n"
+        for sid, kind in zip(tokenizer.encode_products(test["product"][:]), kinds, strict=True)
+    ]
+    assert without["paths"] == "".join(expected) and len(set(expected)) > 2
+    assert sum(without["placed"]["paths"].values()) == without["placed"]["products"] == 64
     for name in ("item_ranks", "sid_ranks", "new_first"):
         assert len(without[name]) == len(test)
     for item, sid, first, kind in zip(
@@ -193,13 +208,14 @@ def test_cells_and_tables(study_modules, catalogue, points, tmp_path, monkeypatc
         # appended products only rise, all others only fall, where they come first inside their SIDs
         assert (item == 0 or 0 < first <= item) if kind == "a" else (first == 0 or 0 < item <= first)
         assert item == 0 or 0 < sid <= item
+    assert without["new_first"] != without["item_ranks"]
     # the catalog of the trainer has appended products first by now: searched anew they are where they were reckoned to be
     products, _, labels, _ = append.rank_rows(trainer, test)
     assert append.ranks_of(products, labels) == without["new_first"]
 
     (path,) = tables.write_append_tables(tmp_path)
     text = open(path, encoding="utf-8").read()
-    for word in ("data set:", "task:", "protocol:", "tie order:", "change: 5%", "seeds:", "commit:", "cost:"):
+    for word in ("data set:", "task:", "protocol:", "tie order:", "change: 20%", "seeds:", "commit:", "cost:"):
         assert f"- {word}" in text
     for row in ("| appended | trained without |", "| seen | difference |", "| appended - seen | trained with all | |"):
         assert row in text
