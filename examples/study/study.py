@@ -66,7 +66,7 @@ def make_parser():
     )
     parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
-    parser.add_argument("--epochs", type=int, default=None, help="Of language models; 5 if not given.")
+    parser.add_argument("--epochs", type=int, default=None, help="Of language models4 if not given.")
     parser.add_argument("--arms", nargs="+", help="Of the remedies, by their names in the tables; all if not given.")
     parser.add_argument(
         "--task",

@@ -18,7 +18,7 @@ THRESHOLDS = (0.1, 0.25, 0.5)
 # Dropout of attention forgoes the fused kernel of CPUs, which costs more time than all else in a model this small.
 MODEL = {"family": "llama", "width": 64, "depth": 2, "dropout": 0.0}
 TRAINING = {
-    "epochs": 5,
+    "epochs": 4,
     "batch_size": 8,
     "learning_rate": 3e-3,
     "weight_decay": 0.1,
@@ -31,7 +31,7 @@ TRAINING = {
     "loss_normalize": "vocab",
     "num_beams": 50,
     "train_rows": None,
-    "validation_rows": 1000,
+    "validation_rows": 500,
     "test_rows": None,
 }
 QUICK_MODEL = MODEL | {"width": 32, "depth": 1}
