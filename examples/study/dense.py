@@ -156,12 +156,7 @@ def measure_latency(retrievers, rows, weights):
     Returns:
         `dict`: `single` and `batch` by method, the sizes of batches, device and threads.
     """
-    methods = {
-        "popularity": retrievers.by_counts,
-        "item-transition kNN": retrievers.by_transitions,
-        "dual tower": retrievers.by_tower,
-        "SID model": retrievers.by_sids,
-    }
+    methods = retrievers.floors() | {"dual tower": retrievers.by_tower, "SID model": retrievers.by_sids}
     for name, union in HYBRIDS.items():
         methods[name] = lambda rows, name=name, union=union: retrievers.by_hybrid(rows, weights[name], union)
     device = retrievers.model.device.type

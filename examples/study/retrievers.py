@@ -1,4 +1,4 @@
-"""Five ways to find products for the same rows: popularity, transitions, a dual tower, a model of SIDs, and two of them together."""
+"""Ways to find products for the same rows: popularity, transitions, a dual tower, a model of SIDs, and the last two together."""
 
 import numpy as np
 import torch
@@ -48,15 +48,12 @@ class Retrievers:
         return self._rows_of(rows["product"][:])
 
     def by_counts(self, rows):
-        """
-        The products with most training purchases, or, where queries are constructed of categories, those of the category
-        asked for. Ties in the order of the catalogue. Shape: (R, 50).
-        """
+        """The products with most training purchases. Ties in the order of the catalogue. Shape: (R, 50)."""
+        return np.repeat(self._padded(self.by_popularity[None, :TOP_K]), len(rows), 0)
+
+    def by_category(self, rows):
+        """As `by_counts`, of the products of the category asked for, where queries are constructed of categories."""
         ranked = np.full((len(rows), TOP_K), -1)
-        if self.categories is None:
-            best = self.by_popularity[:TOP_K]
-            ranked[:, : len(best)] = best
-            return ranked
         queries, inverse = np.unique(np.asarray(rows["query"][:], dtype=str), return_inverse=True)
         for at, query in enumerate(queries):
             best = self.by_popularity[self.categories == query][:TOP_K]
@@ -98,13 +95,15 @@ class Retrievers:
             `tuple[dict, dict]`: ranked products by method, and products and features (tensors) by hybrid.
         """
         beams, queries = self._beams(rows, CANDIDATES), self._embedded(rows)
-        found = {
-            "popularity": self.by_counts(rows),
-            "item-transition kNN": self.by_transitions(rows),
-            "dual tower": self._padded(self._nearest(queries).cpu().numpy()),
-            "SID model": beams[0][:, :TOP_K].cpu().numpy(),
-        }
+        found = {name: method(rows) for name, method in self.floors().items()}
+        found["dual tower"] = self._padded(self._nearest(queries).cpu().numpy())
+        found["SID model"] = beams[0][:, :TOP_K].cpu().numpy()
         return found, {name: self._candidates(rows, beams, queries, union) for name, union in HYBRIDS.items()}
+
+    def floors(self):
+        """Methods that learn nothing, by name; one of them only where queries are constructed."""
+        of_category = {} if self.categories is None else {"popularity in the category": self.by_category}
+        return {"popularity": self.by_counts, **of_category, "item-transition kNN": self.by_transitions}
 
     def memory(self):
         """Bytes of what each part keeps in memory to answer: weights as they are, tables, indexes."""

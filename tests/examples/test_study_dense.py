@@ -117,11 +117,10 @@ def test_methods_against_brute_force(study_modules, catalogue, towers, retriever
     assert (retrievers.by_tower(rows) == exact).mean() > 0.99  # sums of another order may swap neighbours
 
     popularity = np.asarray(catalogue.popularity)
-    for row, ranked in zip(rows.to_list(), retrievers.by_counts(rows), strict=True):
+    for row, ranked in zip(rows.to_list(), retrievers.by_category(rows), strict=True):
         same = [product for product in range(320) if f"kind {product % 5}" == row["query"]]
         assert ranked.tolist() == sorted(same, key=lambda product: -popularity[product])[:50]
     plain = np.argsort(-popularity, kind="stable")[:50]
-    retrievers.categories = None
     assert (retrievers.by_counts(rows) == plain).all()
 
     counts = np.zeros((320, 320))
@@ -156,7 +155,7 @@ def test_methods_against_brute_force(study_modules, catalogue, towers, retriever
 def test_test_rows_never_enter_the_fit(study_modules, catalogue, retrievers):
     dense, validation, test = study_modules["dense"], catalogue.splits["validation"], catalogue.splits["test"]
     first, weights = dense.compare(retrievers, validation, test)
-    assert [len(ranks) for ranks in first["methods"].values()] == [60] * 6 and set(first["methods"]) == set(
+    assert [len(ranks) for ranks in first["methods"].values()] == [60] * 7 and set(first["methods"]) == set(
         study_modules["dense_tables"].PARTS
     )
     assert first["fitted_rows"]["hybrid"][0] < first["fitted_rows"]["hybrid, union"][0] < 60
@@ -260,6 +259,15 @@ def test_end_to_end(study_modules, catalogue, tmp_path, monkeypatch):
     hits = np.array(result["methods"]["hybrid, union"])
     assert f"{np.mean(hits == 1):.4f} [" in recall
     assert dense.dense(catalogue, points, described, tmp_path, size=16, seeds=[0], quick=True) == 0
+    # the next item is no search in a category
+    plain = catalogue.without_queries()
+    retrievers = study_modules["retrievers"].Retrievers(
+        plain, trainers[0], 50, *study_modules["item_embeddings"].load_tower(catalogue, tmp_path)[:2]
+    )
+    assert list(retrievers.floors()) == ["popularity", "item-transition kNN"]
+    less = {name: ranks for name, ranks in result["methods"].items() if name != "popularity in the category"}
+    next_item = study_modules["dense_tables"].dense_tables([cell | {"result": result | {"methods": less}}])
+    assert "| popularity in the category" in text and "| popularity in the category" not in next_item
     # of two seeds the table has means and deviations
     twice = study_modules["dense_tables"].dense_tables(
         [cell, cell | {"seed": 1, "settings": cell["settings"] | {"seed": 1}}]
