@@ -215,6 +215,13 @@ def test_towers_are_kept_with_their_queries(
     assert encode(rows) == pytest.approx(wanted, abs=1e-6) and encode(rows.select([4])) == pytest.approx(
         wanted[4:5], abs=1e-6
     )
+    trainer = SimpleNamespace(model=torch.nn.Linear(1, 1), processing_class=None)
+    trainer.model.device = torch.device("cpu")
+    methods = study_modules["retrievers"].Retrievers(shop, trainer, 7, tower, embeddings)
+    bought = methods.bought(rows)[:, None]
+    # a query is the type of what was bought, of which there are fewer than 50
+    assert (methods.by_category(rows) == bought).any(1).all() and (methods.by_tower(rows) == bought).any(1).all()
+    assert methods.by_transitions(rows).shape == (7, 50)
 
 
 @pytest.mark.slow
