@@ -18,8 +18,8 @@ and model that know all products, same seed, same rows; *difference*: the former
 of a product's text embedding with the mean of the latest products of the history, which knows no purchases of anything and reads no
 query (history), or puts the category that the query names before all others (history and category); chosen on validation rows are how
 many products count and whether they are ranked themselves. Item-level: a row is a hit where the product bought is ranked, not only its
-SID; products that share a SID come by training purchases, of which appended ones have none, so that they come last. One target a row,
-lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
+SID; products that share a SID come by training purchases, of which appended ones have none, so that they come last; *appended first*
+is the same search with them before the others of their SID. One target a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
 nothing about other seeds. ± is the standard deviation over seeds, each of which draws other products.
 """
 GROUPS = {"appended": "a", "seen": "hs", "seen, appended in history": "h"}
@@ -101,6 +101,7 @@ def _arm_tables(ways):
     for level in ("item", "sid"):
         ranked = {WAYS[way]: [result[f"{level}_ranks"] for result in results[way]] for way in WAYS}
         if level == "item":
+            ranked["trained without, appended first"] = [result["new_first"] for result in results[WITHOUT]]
             for name in results[WITHOUT][0]["text_only"]:
                 ranked[f"text only: {name}"] = [result["text_only"][name]["ranks"] for result in results[WITHOUT]]
         values = {name: metrics(np.concatenate(ranks)) for name, ranks in ranked.items()}
@@ -123,24 +124,25 @@ def _arm_tables(ways):
 
 
 def _cause_table(results, kinds, users):
-    """Where the appended products of the model that was trained without them are lost: path, SID, or the order inside it."""
+    """What a row is lost by: the path of its product, the SID, or the order inside it."""
     paths = np.array(list("".join(result["paths"] for result in results)))
-    found = {
-        name: np.concatenate([result[name] for result in results]) for name in ("item_ranks", "sid_ranks", "new_first")
+    values = {
+        level: metrics(np.concatenate([result[f"{level}_ranks"] for result in results])) for level in ("item", "sid")
     }
-    at = METRICS.index("Recall@10")
-    hits = {name: metrics(ranks)[:, at] for name, ranks in found.items()}
+    ten = METRICS.index("Recall@10")
     groups = {"seen": kinds != "a", "appended": kinds == "a"}
     groups |= {f"appended, {name}": paths == letter for letter, name in PATHS.items()}
-    lines = ["Causes, trained without, Recall@10:", ""]
-    lines += [
-        "| rows | number | item | SID | item, if appended came first inside a SID | misses of items whose SID was hit |"
-    ]
-    lines += ["|---" * 6 + "|"]
+    names = [f"{kind} {metric}" for metric in ("Recall@1", "Recall@10") for kind in ("item", "SID")]
+    lines = ["Where they are lost, trained without:", ""]
+    lines += ["| rows | number | " + " | ".join(names) + " | items missed at 10, SID hit at 10 |", "|---" * 7 + "|"]
     for group, chosen in groups.items():
-        columns = [_mean(hits[name][chosen], users[chosen]) for name in ("item_ranks", "sid_ranks", "new_first")]
-        missed = chosen & (hits["item_ranks"] == 0)
-        inside = int(hits["sid_ranks"][missed].sum())
+        columns = [
+            _mean(values[level][chosen, at], users[chosen])
+            for at in (METRICS.index("Recall@1"), ten)
+            for level in ("item", "sid")
+        ]
+        missed = chosen & (values["item"][:, ten] == 0)
+        inside = int(values["sid"][missed, ten].sum())
         lines.append(f"| {group} | {chosen.sum()} | " + " | ".join(columns) + f" | {inside} of {missed.sum()} |")
     return lines
 

@@ -15,10 +15,11 @@ from pathlib import Path
 LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
 # What quantizers' results depend on; other files of the checkout may change without making them others.
 CODE = ("sid_tokenizer", "rqsid", "examples/study", "examples/quickstart", "examples/embed_products")
-NO_CODE = (":!examples/study/tables.py", ":!examples/study/training_tables.py", ":!*.md")
+# Code of the project on which no result depends: tables are made from the cells.
+NO_CODE = (":!examples/study/*tables.py", ":!examples/study/training_comparisons.py", ":!*.md")
 
 
-def run_cells(out, experiment, cells, compute, code=CODE):
+def run_cells(out, experiment, cells, compute, code=CODE, reuse=()):
     """
     Computes the cells that `<out>/<experiment>.jsonl` lacks, one after the other, and appends a line for each.
 
@@ -36,6 +37,8 @@ def run_cells(out, experiment, cells, compute, code=CODE):
             `compute(settings, checkpoint_dir)` gives the result, JSON-able.
         code (`tuple[str]`, *optional*):
             Folders of the checkout that results depend on; those of the quantizers if not given.
+        reuse (`tuple[str]`, *optional*):
+            Experiments whose cells are taken over, as they are, where their settings are the same.
 
     Returns:
         `int`: how many cells were computed; the others were there.
@@ -54,6 +57,11 @@ def run_cells(out, experiment, cells, compute, code=CODE):
         _repair(path)
         finished = {line["hash"] for line in read_cells(out, experiment)}
         missing = [(name, settings) for name, settings in zip(hashes, cells, strict=True) if name not in finished]
+        known = {line["hash"]: line for other in reuse for line in read_cells(out, other)}
+        for name, _ in missing:
+            if name in known:
+                _append(path, known[name] | {"experiment": experiment})
+        missing = [(name, settings) for name, settings in missing if name not in known]
         for at, (name, settings) in enumerate(missing):
             checkpoint_dir = Path(out) / "checkpoints" / experiment / name
             started, cpu_started = time.perf_counter(), time.process_time()
@@ -69,10 +77,7 @@ def run_cells(out, experiment, cells, compute, code=CODE):
                 "seconds": round(time.perf_counter() - started, 2),
                 "result": result,
             }
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _append(path, line)
             shutil.rmtree(checkpoint_dir, ignore_errors=True)
             print(
                 f"{experiment} {at + 1}/{len(missing)} {line['cpu_seconds']:.1f} s of CPU {_brief(settings)}",
@@ -140,6 +145,13 @@ def _only_process(path):
                 f"Another process computes {path.stem} in {path.parent}. Wait, or choose another --out."
             ) from None
         yield
+
+
+def _append(path, line):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _repair(path):

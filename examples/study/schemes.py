@@ -10,20 +10,7 @@ from coarse_dense import coarse_dense_cell
 from codes import make_codes
 from scheme_codes import PlainCodes, atomic_codes, kept_hierarchical_codes
 from training import train_cell
-from training_cells import (
-    BASE,
-    LAYERS,
-    MODEL,
-    QUICK_MODEL,
-    QUICK_TRAINING,
-    SEEDS,
-    SIZE,
-    TRAINING,
-    TRAINING_CODE,
-    UNPRUNED,
-    remedies,
-    remedy_arms,
-)
+from training_cells import BASE, LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings, remedies, remedy_arms
 
 COARSE_LAYERS = 2
 
@@ -75,20 +62,8 @@ def schemes(
     if names:
         arms = [arm for arm in arms if arm["name"] in names]
         shared = [name for name in shared if name in names]
-    model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
-    training = training | ({"epochs": epochs} if epochs else {})
     cells = [
-        {
-            "data": catalogue.settings() | {"task": catalogue.task},
-            "embeddings": described,
-            "quantizer": BASE["quantizer"],
-            "codebook_size": size,
-            "layers": layers,
-            "arm": arm,
-            "model": model | {"family": "llama"},
-            "training": training,
-            "seed": seed,
-        }
+        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, epochs)
         for arm in arms
         for seed in seeds
     ]

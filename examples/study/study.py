@@ -8,23 +8,38 @@ The study: what happens to the tokens of residual quantization, on any catalogue
     python examples/study/study.py remedies --data DIR --encoder BAAI/bge-small-en-v1.5 --out runs/study
     python examples/study/study.py tables --out runs/study
 
-`harm`, `probes` and `remedies` train language models, and are not part of `all`. Each command goes on where an earlier one stopped: what `--out` holds of finished cells is not computed again. `tables` are
-also written at the end of every other command. See README.md for the layouts of `--data`.
+`harm`, `probes`, `remedies`, `dense`, `schemes` and `append` train language models; `all` is every experiment. Each command goes on
+where an earlier one stopped: what `--out` holds of finished cells is not computed again. `tables` are also written at the end of
+every other command. See README.md for the layouts of `--data`.
 """
 
 import argparse
 
 import causes as causes_module
 import picture as picture_module
-import training_cells
+from append import append
+from append_tables import write_append_tables
 from catalogues import load_catalogue
 from cells import commit
+from dense import dense
+from dense_tables import write_dense_tables
 from item_embeddings import KINDS, embed
+from schemes import schemes
 from tables import write_tables
+from training_cells import LAYERS, SEEDS, SIZE, harm, probes, remedies
 from training_tables import write_training_tables
 from transformers.utils import logging
 
-TRAINING = ("harm", "probes", "remedies")
+TRAINING = {
+    "harm": harm,
+    "probes": probes,
+    "remedies": remedies,
+    "dense": dense,
+    "schemes": schemes,
+    "append": append,
+}
+HAVE_ARMS = ("remedies", "schemes")
+WRITERS = (write_tables, write_training_tables, write_dense_tables, write_append_tables)
 
 
 def main(arguments=None):
@@ -37,9 +52,10 @@ def main(arguments=None):
         run_picture(args)
     if args.experiment in ("causes", "all"):
         run_causes(args)
-    if args.experiment in TRAINING:
-        run_training(args)
-    print(f"Tables: {write_tables(args.out) + write_training_tables(args.out)}")
+    for experiment in TRAINING if args.experiment == "all" else [args.experiment]:
+        if experiment in TRAINING:
+            run_training(args, experiment)
+    print(f"Tables: {[path for write in WRITERS for path in write(args.out)]}")
 
 
 def make_parser():
@@ -66,8 +82,10 @@ def make_parser():
     )
     parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
-    parser.add_argument("--epochs", type=int, default=None, help="Of language models4 if not given.")
-    parser.add_argument("--arms", nargs="+", help="Of the remedies, by their names in the tables; all if not given.")
+    parser.add_argument("--epochs", type=int, default=None, help="Of language models; 4 if not given.")
+    parser.add_argument(
+        "--arms", nargs="+", help="Of remedies or schemes, by their names in the tables; all if not given."
+    )
     parser.add_argument(
         "--task",
         choices=["search", "next item"],
@@ -103,30 +121,32 @@ def run_causes(args):
     causes_module.causes(args.out, **options)
 
 
-def run_training(args):
+def run_training(args, experiment):
     """The first of the embeddings that are possible; with `--sizes` and `--layers` every pair of those for harm, one for the others."""
     if not args.data:
         raise SystemExit("--data is missing: a folder of purchases and products, or completejourney.")
     kind = (args.embeddings or ["sentence encoder" if args.encoder else "dual tower"])[0]
-    sizes = args.sizes or [16 if args.quick else training_cells.SIZE]
-    layers = args.layers or [training_cells.LAYERS]
-    options = {"seeds": args.seeds or ([0] if args.quick else training_cells.SEEDS)}
-    options |= {"quick": args.quick, "epochs": args.epochs}
-    if args.experiment != "harm":
+    is_one_of_all = args.experiment == "all"  # whose --sizes and --layers are those of the picture
+    default = [16 if args.quick else SIZE]
+    sizes = default if is_one_of_all else args.sizes or default
+    layers = [LAYERS] if is_one_of_all else args.layers or [LAYERS]
+    options = {"seeds": args.seeds or ([0] if args.quick else SEEDS), "quick": args.quick, "epochs": args.epochs}
+    if experiment != "harm":
         if len(sizes) > 1 or len(layers) > 1:
-            raise SystemExit(f"{args.experiment} takes one of --sizes and one of --layers, got {sizes} and {layers}.")
+            raise SystemExit(f"{experiment} takes one of --sizes and one of --layers, got {sizes} and {layers}.")
         options |= {"size": sizes[0], "layers": layers[0]}
-    elif args.sizes or args.layers or args.quick:
+    elif args.quick or (not is_one_of_all and (args.sizes or args.layers)):
         options["configurations"] = [(size, count) for size in sizes for count in layers]
-    if args.arms and args.experiment != "remedies":
-        raise SystemExit(f"--arms chooses among the remedies, {args.experiment} has others.")
-    options |= {"names": args.arms} if args.arms else {}
+    if args.arms:
+        if experiment not in HAVE_ARMS:
+            raise SystemExit(f"--arms chooses among those of {' or '.join(HAVE_ARMS)}, {experiment} has others.")
+        options["names"] = args.arms
     for data in args.data:
         catalogue = load_catalogue(data)
         embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
         if args.task == "next item":
             catalogue = catalogue.without_queries()
-        getattr(training_cells, args.experiment)(catalogue, embeddings, described, args.out, **options)
+        TRAINING[experiment](catalogue, embeddings, described, args.out, **options)
 
 
 if __name__ == "__main__":

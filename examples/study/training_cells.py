@@ -140,23 +140,24 @@ def probes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seed
     return _train(catalogue, embeddings, described, out, "probes", grid, quick, epochs)
 
 
-def _train(catalogue, embeddings, described, out, experiment, grid, quick, epochs):
+def cell_settings(catalogue, described, arm, family, size, layers, seed, quick=False, epochs=None):
+    """What a cell that trains depends on, JSON-able; see [`remedies`]."""
     model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
-    training = training | ({"epochs": epochs} if epochs else {})
-    cells = [
-        {
-            "data": catalogue.settings() | {"task": catalogue.task},
-            "embeddings": described,
-            "quantizer": BASE["quantizer"],
-            "codebook_size": size,
-            "layers": layers,
-            "arm": arm,
-            "model": model | {"family": family},
-            "training": training,
-            "seed": seed,
-        }
-        for arm, family, size, layers, seed in grid
-    ]
+    return {
+        "data": catalogue.settings() | {"task": catalogue.task},
+        "embeddings": described,
+        "quantizer": BASE["quantizer"],
+        "codebook_size": size,
+        "layers": layers,
+        "arm": arm,
+        "model": model | {"family": family},
+        "training": training | ({"epochs": epochs} if epochs else {}),
+        "seed": seed,
+    }
+
+
+def _train(catalogue, embeddings, described, out, experiment, grid, quick, epochs):
+    cells = [cell_settings(catalogue, described, *cell, quick=quick, epochs=epochs) for cell in grid]
 
     def compute(settings, checkpoint_dir):
         codes = {
@@ -176,4 +177,6 @@ def _train(catalogue, embeddings, described, out, experiment, grid, quick, epoch
         base = codes[BASE["init"]]
         return train_cell(settings, checkpoint_dir, catalogue, codes[settings["arm"]["init"]], base, embeddings)
 
-    return run_cells(out, experiment, cells, compute, TRAINING_CODE)
+    # The unpruned baseline is a cell of several experiments.
+    reuse = tuple(other for other in ("remedies", "harm") if other != experiment)
+    return run_cells(out, experiment, cells, compute, TRAINING_CODE, reuse)
