@@ -13,18 +13,7 @@ from append_text import text_only
 from cells import run_cells
 from codes import head_and_tail, make_codes
 from training import TOP_K, describe_training, fit_model, rank_rows, ranks_of, user_numbers
-from training_cells import (
-    BASE,
-    LAYERS,
-    MODEL,
-    QUICK_MODEL,
-    QUICK_TRAINING,
-    SEEDS,
-    SIZE,
-    TRAINING,
-    TRAINING_CODE,
-    UNPRUNED,
-)
+from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
 
 SHARE = 0.05
 WITHOUT, ALL = "seen products", "all products"  # what codebooks and model know
@@ -36,32 +25,19 @@ def append(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seed
     products that are appended, too. Arguments and result as of [`remedies`].
 
     Raises:
-        `ValueError`: for embeddings other than a sentence encoder's, which know the purchases of what is left out.
+        `ValueError`: for embeddings other than a sentence encoder's: they were trained on purchases of what is left out.
     """
     if described.get("kind") != "sentence encoder":
         raise ValueError(
             f"The embeddings are of the kind {described.get('kind')!r}, trained on purchases of the products that training "
             "must not know. Pass those of a sentence encoder: --encoder, and no --embeddings."
         )
-    model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
-    training = training | ({"epochs": epochs} if epochs else {})
     top_k = max(1, round(0.098 * size))
     pruning = {"strategy": "top_k", "layer": 1, "top_k": top_k}
     arms = [UNPRUNED, UNPRUNED | {"name": f"top {top_k} of {size} pruned", "pruning": pruning}]
     cells = [
-        {
-            "data": catalogue.settings() | {"task": catalogue.task},
-            "embeddings": described,
-            "quantizer": BASE["quantizer"],
-            "codebook_size": size,
-            "layers": layers,
-            "arm": arm,
-            "model": model | {"family": "llama"},
-            "training": training,
-            "share": SHARE,
-            "trained_on": trained_on,
-            "seed": seed,
-        }
+        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, epochs)
+        | {"share": SHARE, "trained_on": trained_on}
         for arm in arms[: 1 if quick else None]
         for seed in seeds
         for trained_on in (WITHOUT, ALL)

@@ -163,7 +163,8 @@ def test_cells_and_tables(study_modules, catalogue, points, tmp_path, monkeypatc
     )
     # All 63 test rows and a fifth of the products, so that some rows are of appended products that share their SID.
     monkeypatch.setattr(append, "SHARE", 0.2)
-    monkeypatch.setattr(append, "QUICK_TRAINING", append.QUICK_TRAINING | {"test_rows": None})
+    training = study_modules["training_cells"]
+    monkeypatch.setattr(training, "QUICK_TRAINING", training.QUICK_TRAINING | {"test_rows": None})
     described, options = {"kind": "sentence encoder", "of": "nothing"}, {"size": SIZE, "seeds": [0], "quick": True}
     assert tables.write_append_tables(tmp_path) == []
     assert append.append(catalogue, points, described, tmp_path, **options) == 2
@@ -250,11 +251,11 @@ def test_tables_by_hand(study_modules, monkeypatch):
     assert first["| seen, appended in history", "difference"][1] == "+0.0000 [+0.0000, +0.0000]"
     assert first["| appended", "text only: history"][2] == "0.5000 [0.0000, 1.0000]"
     assert first["| appended - seen", "difference"][2].startswith("-0.5000 [-1.0000, ")
-    assert (
-        "| appended | 2 | 0.0000 [0.0000, 0.0000] | 1.0000 [1.0000, 1.0000] | 0.5000 [0.0000, 1.0000] | 2 of 2 |"
-        in sid
-    )
-    assert "| appended, first two tokens known | 0 | none | none | none | 0 of 0 |" in sid
+    # of two appended rows one has its SID at rank 3, one at rank 9, their products beyond rank 10
+    nothing, all_of_it = "0.0000 [0.0000, 0.0000]", "1.0000 [1.0000, 1.0000]"
+    assert f"| appended | 2 | {nothing} | {nothing} | {nothing} | {all_of_it} | 2 of 2 |" in sid
+    assert first["| appended", "trained without, appended first"][2] == "0.5000 [0.0000, 1.0000]"
+    assert "| appended, first two tokens known | 0 | none | none | none | none | 0 of 0 |" in sid
     assert "| 0 | 8 | 2 (25.0%) | 1 (12.5%) | 3 (37.5%) | 4 (50.0%) |" in sid
     assert "Chosen for text only: seed 0, history: latest 5, themselves left out." in sid
     assert "No seed has both models so far." in tables.append_tables(cells[1:2])
