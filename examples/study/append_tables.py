@@ -7,7 +7,7 @@ import numpy as np
 from append import ALL, WITHOUT
 from cells import read_cells
 from training_statistics import METRICS, interval, interval_of_difference, metrics
-from training_tables import _cost_table, _statement
+from training_tables import cost_table, statement
 
 from rqsid.sid_tokenizer.files import replace_atomically
 
@@ -64,7 +64,7 @@ def append_tables(cells):
         settings = block[0]["settings"]
         model, embeddings = settings["model"], settings["embeddings"]
         title = f"{settings['data']['name']}, {model['family']}, K = {settings['codebook_size']}"
-        lines += [f"## {title}, {settings['layers']} layers", "", *_statement(block)]
+        lines += [f"## {title}, {settings['layers']} layers", "", *statement(block)]
         lines += [f"- model: {model}; training: {settings['training']}"]
         lines += [f"- embeddings: {embeddings['kind']} ({embeddings['of']})", ""]
         names = sorted(
@@ -84,7 +84,7 @@ def append_tables(cells):
         for cell in block:
             way = f"{cell['settings']['arm']['name']}, {WAYS[cell['settings']['trained_on']]}"
             costs.setdefault(way, []).append(cell)
-        lines += ["### Costs", "", *_cost_table(costs), ""]
+        lines += ["### Costs", "", *cost_table(costs), ""]
     return "\n".join(lines) + "\n"
 
 

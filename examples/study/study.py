@@ -52,8 +52,8 @@ def main(arguments=None):
         run_picture(args)
     if args.experiment in ("causes", "all"):
         run_causes(args)
-    for experiment in TRAINING if args.experiment == "all" else [args.experiment]:
-        if experiment in TRAINING:
+    for experiment in TRAINING:
+        if args.experiment in (experiment, "all"):
             run_training(args, experiment)
     print(f"Tables: {[path for write in WRITERS for path in write(args.out)]}")
 
@@ -126,6 +126,9 @@ def run_training(args, experiment):
     if not args.data:
         raise SystemExit("--data is missing: a folder of purchases and products, or completejourney.")
     kind = (args.embeddings or ["sentence encoder" if args.encoder else "dual tower"])[0]
+    if args.experiment == "all" and experiment == "append" and kind == "dual tower":
+        print("append is left out: a tower has seen purchases of all products. Pass --encoder.")
+        return
     is_one_of_all = args.experiment == "all"  # whose --sizes and --layers are those of the picture
     default = [16 if args.quick else SIZE]
     sizes = default if is_one_of_all else args.sizes or default

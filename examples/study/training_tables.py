@@ -100,7 +100,7 @@ def training_tables(title, cells, note=""):
     blocks = _blocks(cells)
     for heading, block in zip(_headings(blocks), blocks, strict=True):
         settings = block[0]["settings"]
-        lines += [f"## {heading}", "", *_statement(block)]
+        lines += [f"## {heading}", "", *statement(block)]
         lines.append(f"- model: {settings['model']}; training: {settings['training']}")
         lines.append(f"- embeddings: {settings['embeddings']['kind']} ({settings['embeddings']['of']})")
         arms = {}
@@ -128,7 +128,7 @@ def training_tables(title, cells, note=""):
             lines += ["", f"Paired, item-level Recall@10 by the token of {layer} before pruning:", ""]
             lines += paired_group_table(arms)
         lines += ["", "Item-level Recall@10 by the token before pruning:", "", *_group_table(arms)]
-        lines += ["", "Costs:", "", *_cost_table(arms), ""]
+        lines += ["", "Costs:", "", *cost_table(arms), ""]
     return "\n".join(lines) + "\n"
 
 
@@ -220,7 +220,7 @@ def _group_columns(cells, kind, layer):
     return [*columns, f"{values[is_head].mean() - values[~is_head].mean():+.4f}{_brackets(low, high, 0, '+')}"]
 
 
-def _cost_table(arms):
+def cost_table(arms):
     names = ("parameters", "training tokens", "training FLOPs", "search seconds", "CPU seconds", "best epoch of")
     names += (
         "codes a layer, as fitted",
@@ -259,7 +259,7 @@ def _codes_a_layer(cells):
     return " + ".join(f"{size:,}" for size in sizes)
 
 
-def _statement(cells):
+def statement(cells):
     """What every table says of itself: data set, task, protocol, tie order, seeds, commit, cost."""
     results = [cell["result"] for cell in cells]
     sizes = sorted({(len(result["item_ranks"]), len(set(result["users"]))) for result in results})

@@ -216,6 +216,12 @@ def test_cells_are_computed_once(cells, tmp_path, capsys):
     assert cells.run_cells(tmp_path, "squares", wanted, compute) == 3
     assert computed == [0, 1, 2, 1, 2, 3]
     assert cells.run_cells(tmp_path, "squares", wanted, compute) == 0 and computed[6:] == []
+    # another experiment takes over what it shares
+    more = [*wanted[:2], {"seed": 99}]
+    assert cells.run_cells(tmp_path, "more", more, compute, reuse=("squares", "none")) == 1
+    assert (
+        cells.read_cells(tmp_path, "more")[0]["experiment"] == "more" and len(cells.read_cells(tmp_path, "more")) == 3
+    )
     lines = cells.read_cells(tmp_path, "squares")
     assert [line["result"]["value"] for line in lines] == [0, 1, 4, 9] and len(path.read_bytes().splitlines()) == 4
     assert {"hash", "settings", "commit", "versions", "cpu_seconds"} <= lines[0].keys()
@@ -320,7 +326,8 @@ def test_tower_wants_rows_and_encoder_a_name(study_modules, catalogues, tmp_path
 
 @pytest.mark.slow
 def test_end_to_end(study_modules, tmp_path, monkeypatch):
-    """Both experiments by the command line, killed and continued; tables of the same cells are the same bytes."""
+    """Experiments of quantizers by the command line, killed and continued; tables of the same cells are the same bytes."""
+    monkeypatch.setattr(study_modules["study"], "TRAINING", {})  # those have tests of their own
     study, causes = study_modules["study"], study_modules["causes"]
     items = {str(item): {"title": f"Secret thing {item}"} for item in range(320)}
     bought = {str(user): np.random.default_rng(user).integers(0, 320, 6).tolist() for user in range(80)}
