@@ -224,8 +224,8 @@ def test_cells_and_tables(study_modules, catalogue, points, tmp_path, monkeypatc
 
 def test_tables_by_hand(study_modules, monkeypatch):
     tables = study_modules["append_tables"]
-    monkeypatch.setattr(tables, "_statement", lambda block: ["- statement"])
-    monkeypatch.setattr(tables, "_cost_table", lambda costs: [f"costs: {', '.join(costs)}"])
+    monkeypatch.setattr(tables, "statement", lambda block: ["- statement"])
+    monkeypatch.setattr(tables, "cost_table", lambda costs: [f"costs: {', '.join(costs)}"])
     common = {"data": {"name": "made"}, "model": {"family": "llama"}, "codebook_size": 12, "layers": 3, "training": {}}
     common |= {"embeddings": {"kind": "k", "of": "o"}, "arm": {"name": "unpruned"}, "share": 0.05}
     known = {"item_ranks": [0, 12, 1, 0], "sid_ranks": [9, 3, 1, 0], "kinds": "aahs", "users": [0, 1, 2, 3]}
