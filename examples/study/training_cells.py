@@ -66,6 +66,13 @@ def remedy_arms(size):
         UNPRUNED | {"name": "collisions reassigned", "collisions": "reassign"},
     ]
     top_k = max(1, round(0.098 * size))
+    # Pruned SIDs collide more. Where every product gets a SID of its own, the tokens are all that differs.
+    pruned = {"strategy": "top_k", "layer": 1, "top_k": top_k}
+    dropped = {"strategy": "drop_layer", "layer": 1}
+    arms += [
+        UNPRUNED | {"name": f"top {top_k} of {size} pruned, suffix", "pruning": pruned, "collisions": "suffix"},
+        UNPRUNED | {"name": "layer dropped, suffix", "pruning": dropped, "collisions": "suffix"},
+    ]
     split = {"strategy": "split", "layer": 1, "top_k": top_k}
     return [*arms, UNPRUNED | {"name": f"top {top_k} of {size} split", "pruning": split}]
 

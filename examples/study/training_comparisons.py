@@ -3,21 +3,44 @@
 import numpy as np
 from training_statistics import METRICS, differences, holm, interval, p_values, resampled_means
 
-BASELINE, LEVEL = "unpruned", 0.05
+BASELINE, SUFFIX_BASELINE, LEVEL = "unpruned", "collisions by suffix", 0.05
 LAYER = 1  # the second, which hourglasses are about, and which the remedies prune
-SUMMARY = ("Recall@10", "NDCG@10")
+SUMMARY = (("item_ranks", "Recall@10"), ("item_ranks", "NDCG@10"), ("sid_ranks", "Recall@10"))
+LEVELS = {"item_ranks": "item-level", "sid_ranks": "SID-level"}
 
 
-def compared(arms):
+def baselines(arms):
+    """
+    The baseline that all arms are compared with, and beside it the one with suffixes for the arms that have those, too: between
+    these two pruning is the only difference, and nobody shares a SID.
+
+    Returns:
+        `dict[str, dict[str, list[dict]]]`: by baseline the arms, itself included; empty where there is nothing to compare.
+    """
+    found = {BASELINE: arms} if BASELINE in arms and len(arms) > 1 else {}
+    with_suffix = {
+        name: cells for name, cells in arms.items() if cells[0]["settings"]["arm"].get("collisions") == "suffix"
+    }
+    if SUFFIX_BASELINE in with_suffix:
+        with_suffix = {
+            name: cells
+            for name, cells in with_suffix.items()
+            if name == SUFFIX_BASELINE or cells[0]["settings"]["arm"]["pruning"]["strategy"] != "none"
+        }
+        found |= {SUFFIX_BASELINE: with_suffix} if len(with_suffix) > 1 else {}
+    return found
+
+
+def compared(arms, baseline):
     """`{arm: cells}` without the baseline."""
-    return {name: cells for name, cells in arms.items() if name != BASELINE}
+    return {name: cells for name, cells in arms.items() if name != baseline}
 
 
-def paired_table(arms):
+def paired_table(arms, baseline=BASELINE):
     """A row for each arm: its metrics minus the baseline's, with intervals."""
-    lines = [f"| arm - {BASELINE} | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
-    for name, cells in compared(arms).items():
-        of_seeds = differences(arms[BASELINE], cells)
+    lines = [f"| arm - {baseline} | seeds | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    for name, cells in compared(arms, baseline).items():
+        of_seeds = differences(arms[baseline], cells)
         if not of_seeds:
             lines.append(f"| {name} | none with the same rows |" + " |" * len(METRICS))
             continue
@@ -28,15 +51,15 @@ def paired_table(arms):
     return lines
 
 
-def paired_group_table(arms):
+def paired_group_table(arms, baseline=BASELINE):
     """
     A row for each arm: Recall@10 minus the baseline's on rows with a head token of layer b, and on those with a tail token.
     Groups differ from seed to seed, with the codebooks; rows of one user are drawn together, whatever their seeds and groups.
     """
     names = ("counted by", "head", "tail", "tail - head")
-    lines = [f"| arm - {BASELINE} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, cells in compared(arms).items():
-        of_seeds = differences(arms[BASELINE], cells)
+    lines = [f"| arm - {baseline} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name, cells in compared(arms, baseline).items():
+        of_seeds = differences(arms[baseline], cells)
         if not of_seeds:
             lines.append(f"| {name} | none with the same rows | | | |")
             continue
@@ -63,7 +86,7 @@ def _group_differences(values, users, letters):
     ]
 
 
-def summary(arms):
+def summary(arms, baseline=BASELINE):
     """
     What the paired differences amount to: for each arm and metric better, worse or no difference shown, by the 95 % interval
     alone and after Holm's adjustment for the number of comparisons in the table.
@@ -71,32 +94,37 @@ def summary(arms):
     Returns:
         `list[str]`: lines of Markdown; empty if no arm has the baseline's rows.
     """
-    found = {name: differences(arms[BASELINE], cells) for name, cells in compared(arms).items()}
-    found = {name: of_seeds for name, of_seeds in found.items() if of_seeds}
+    found = {
+        name: [differences(arms[baseline], cells, ranks) for ranks, _ in SUMMARY if ranks in cells[0]["result"]]
+        for name, cells in compared(arms, baseline).items()
+    }
+    found = {name: of_levels for name, of_levels in found.items() if of_levels[0]}
     if not found:
         return []
-    users, chosen = arms[BASELINE][0]["result"]["users"], [METRICS.index(name) for name in SUMMARY]
-    adjusted = holm([p_values(of_seeds, users)[at] for of_seeds in found.values() for at in chosen])
-    names = [name for metric in SUMMARY for name in (f"{metric}, 95 %", "all comparisons", "each seed")]
+    users, chosen = arms[baseline][0]["result"]["users"], [METRICS.index(metric) for _, metric in SUMMARY]
+    comparisons = [(of_seeds, at) for levels in found.values() for of_seeds, at in zip(levels, chosen, strict=False)]
+    adjusted = iter(holm([p_values(of_seeds, users)[at] for of_seeds, at in comparisons]))
+    labels = [f"{LEVELS[ranks]} {metric}" for ranks, metric in SUMMARY]
+    names = [name for label in labels for name in (f"{label}, 95 %", "all comparisons", "each seed")]
     lines = [
-        f"{len(adjusted)} comparisons: if no arm differed, about {LEVEL * len(adjusted):.1f} of them would exclude zero at 95 % "
-        "by chance. *All comparisons* is after Holm's adjustment for these, of p-values by the standard error that resampled "
-        "users give; comparisons of other sections are not counted.",
+        f"{len(comparisons)} comparisons: if no arm differed, about {LEVEL * len(comparisons):.1f} of them would exclude zero "
+        "at 95 % by chance. *All comparisons* is after Holm's adjustment for these, of p-values by the standard error that "
+        "resampled users give; comparisons of other sections are not counted.",
         "",
-        f"| arm - {BASELINE} | " + " | ".join(names) + " |",
+        f"| arm - {baseline} | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    for at, (name, of_seeds) in enumerate(found.items()):
-        values = np.mean(list(of_seeds.values()), axis=0)
-        low, high = interval(values, users)
+    for name, of_levels in found.items():
         columns = []
-        for place, metric in enumerate(chosen):
-            mean, p_value = values[:, metric].mean(), adjusted[at * len(chosen) + place]
+        for of_seeds, at in zip(of_levels, chosen, strict=False):
+            values = np.mean(list(of_seeds.values()), axis=0)[:, at]
+            ((low,), (high,)), p_value = interval(values[:, None], users), next(adjusted)
             columns += [
-                _verdict(mean, low[metric] > 0 or high[metric] < 0),
-                f"{_verdict(mean, p_value < LEVEL)} (p {_p(p_value)})",
-                ", ".join(f"{of_seed[:, metric].mean():+.4f}" for of_seed in of_seeds.values()),
+                _verdict(values.mean(), low > 0 or high < 0),
+                f"{_verdict(values.mean(), p_value < LEVEL)} (p {_p(p_value)})",
+                ", ".join(f"{of_seed[:, at].mean():+.4f}" for of_seed in of_seeds.values()),
             ]
+        columns += [""] * (len(names) - len(columns))
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return lines
 

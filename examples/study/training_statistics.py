@@ -83,19 +83,20 @@ def per_seed(cells, ranks="item_ranks"):
     return {cell["seed"]: metrics(cell["result"][ranks]) for cell in cells}
 
 
-def differences(baseline, cells):
+def differences(baseline, cells, ranks="item_ranks"):
     """
-    Item-level metrics minus the baseline's on the same rows.
+    Metrics minus the baseline's on the same rows.
 
     Args:
         baseline, cells (`list[dict]`): Of two arms.
+        ranks (`str`, *optional*, defaults to `"item_ranks"`): Which of their results.
 
     Returns:
         `dict[int, np.ndarray]`: by seed, of those that both have. Shape: (R, 7). Empty if their test rows are not the same.
     """
     if any(cell["result"]["users"] != baseline[0]["result"]["users"] for cell in [*baseline, *cells]):
         return {}
-    base, of_arm = per_seed(baseline), per_seed(cells)
+    base, of_arm = per_seed(baseline, ranks), per_seed(cells, ranks)
     return {seed: of_arm[seed] - base[seed] for seed in sorted(base.keys() & of_arm.keys())}
 
 

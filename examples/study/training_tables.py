@@ -6,7 +6,7 @@ import numpy as np
 from cells import read_cells
 from schemes import shared_arms
 from training import FLOPS_RULE
-from training_comparisons import BASELINE, LAYER, paired_group_table, paired_table, summary
+from training_comparisons import BASELINE, LAYER, baselines, paired_group_table, paired_table, summary
 from training_statistics import METRICS, interval, interval_of_difference, metrics, per_seed
 
 from rqsid.sid_tokenizer.files import replace_atomically
@@ -28,8 +28,8 @@ LETTERS = "abcdefgh"
 LEGEND = """
 Item-level: a row is a hit where the product bought is ranked, not only its SID; products that share a SID come by training purchases.
 One target a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean over
-the seeds; they say nothing about other seeds. ± is the standard deviation over seeds. *Paired*: difference from the unpruned
-baseline on the same rows, over the seeds that both have. *Head* and *tail* of a layer: rows whose product has, before pruning, one
+the seeds; they say nothing about other seeds. ± is the standard deviation over seeds. *Paired*: difference from the baseline
+on the same rows, over the seeds that both have. *Head* and *tail* of a layer: rows whose product has, before pruning, one
 of the most frequent codes that hold half of the products (by items) or of the training purchases (by interactions); the same rows
 in all arms of a seed.
 """
@@ -107,9 +107,10 @@ def training_tables(title, cells, note=""):
         for cell in block:
             arms.setdefault(cell["settings"]["arm"]["name"], []).append(cell)
         arms = dict(sorted(arms.items(), key=lambda entry: (entry[0] != BASELINE, entry[0])))
-        verdict = summary(arms) if BASELINE in arms else []
-        if verdict:
-            lines += ["", "In short, item-level:", "", *verdict]
+        for baseline, same in baselines(arms).items():
+            verdict = summary(same, baseline)
+            if verdict:
+                lines += ["", f"In short, against *{baseline}*:", "", *verdict]
         for ranks, label in RANKS.items():
             ranked = {name: same for name, same in arms.items() if ranks in same[0]["result"]}
             if ranked:
@@ -122,11 +123,15 @@ def training_tables(title, cells, note=""):
             lines += [
                 f"- seed {seed}: {', '.join(f'{name} {value}' for name, value in of.items())}" for seed, of in chosen
             ]
-        if BASELINE in arms and len(arms) > 1:
-            lines += ["", "Paired, item-level:", "", *paired_table(arms)]
+        for baseline, same in baselines(arms).items():
+            lines += ["", f"Paired with *{baseline}*, item-level:", "", *paired_table(same, baseline)]
             layer = f"layer {LETTERS[LAYER]}"
-            lines += ["", f"Paired, item-level Recall@10 by the token of {layer} before pruning:", ""]
-            lines += paired_group_table(arms)
+            lines += [
+                "",
+                f"Paired with *{baseline}*, item-level Recall@10 by the token of {layer} before pruning:",
+                "",
+            ]
+            lines += paired_group_table(same, baseline)
         lines += ["", "Item-level Recall@10 by the token before pruning:", "", *_group_table(arms)]
         lines += ["", "Costs:", "", *cost_table(arms), ""]
     return "\n".join(lines) + "\n"

@@ -40,6 +40,7 @@ def make_cell(
     users = list(range(len(ranks))) if users is None else users
     result = {
         "item_ranks": ranks,
+        "sid_ranks": ranks,
         "users": users,
         "groups": {kind: [groups * copies] * 3 for kind in ("items", "interactions")},
         "about": {"data set": "made up", "task": task},
@@ -57,7 +58,7 @@ def make_cell(
         "layers": 3,
         "model": {"family": "llama"},
         "training": {"epochs": 1},
-        "arm": {"name": arm},
+        "arm": arm if isinstance(arm, dict) else {"name": arm},
         "seed": seed,
     }
     return {
@@ -88,16 +89,38 @@ def test_differences_by_group_and_their_summary(study_modules):
     assert "| equal | items | +0.0000 [+0.0000, +0.0000] | +0.0000 [+0.0000, +0.0000] | +0.0000 [+0.0000" in text
     assert text.count("| fewer | none with the same rows |") == 2 and "| fewer | 1 | " in text
     assert "- test rows: 100 of 100 users or 200 of 200 users" in text
-    # two arms with the baseline's rows, two metrics
-    assert "4 comparisons: if no arm differed, about 0.2 of them" in text
+    # two arms with the baseline's rows, two metrics of items and one of SIDs
+    assert "6 comparisons: if no arm differed, about 0.3 of them" in text
     each = ", ".join(f"{np.sum(np.array(new) != old) / 200:+.4f}" for new, old in zip(tail, base, strict=True))
-    assert f"| tail | better | better (p < .001) | {each} | better | better (p < .001) | {each} |" in text
+    assert "| tail |" + f" better | better (p < .001) | {each} |" * 3 in text
     nothing = "no difference shown | no difference shown (p 1.000) | +0.0000, +0.0000"
-    assert f"| equal | {nothing} | {nothing} |" in text
+    assert f"| equal | {nothing} | {nothing} | {nothing} |" in text
     # a worse arm, of the other order of columns
     arms = {"unpruned": [cells[2]], "worse": [cells[0]]}
     assert "| worse | worse | worse (p < .001) |" in "\n".join(comparisons.summary(arms))
     assert comparisons.summary({"unpruned": [cells[0]], "fewer": [cells[-1]]}) == []
+
+
+def test_arms_with_suffixes_have_a_baseline_of_their_own(study_modules):
+    comparisons = study_modules["training_comparisons"]
+    ranks = [1, 0, 1, 0]
+
+    def arm(name, collisions, strategy):
+        return [make_cell({"name": name, "collisions": collisions, "pruning": {"strategy": strategy}}, 0, ranks)]
+
+    arms = {
+        "unpruned": arm("unpruned", "share", "none"),
+        "pruned": arm("pruned", "share", "top_k"),
+        "collisions by suffix": arm("collisions by suffix", "suffix", "none"),
+        "pruned, suffix": arm("pruned, suffix", "suffix", "top_k"),
+        "focal, suffix": arm("focal, suffix", "suffix", "none"),
+    }
+    found = comparisons.baselines(arms)
+    assert list(found) == ["unpruned", "collisions by suffix"] and found["unpruned"] == arms
+    assert list(found["collisions by suffix"]) == ["collisions by suffix", "pruned, suffix"]
+    text = "\n".join(comparisons.summary(found["collisions by suffix"], "collisions by suffix"))
+    assert text.count("| pruned, suffix |") == 1 and "| arm - collisions by suffix |" in text
+    assert comparisons.baselines({"pruned": arms["pruned"]}) == {}
 
 
 def test_p_values_and_holm_by_hand(study_modules):
