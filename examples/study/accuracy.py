@@ -4,7 +4,11 @@ How far rqsid's own quantizer and one small decoder-only model, trained from scr
     python examples/study/accuracy.py --recipe examples/study/recipes/scientific.json --data DIR --encoder MODEL --out runs/study
 
 A recipe is what was chosen on validation rows; test rows are ranked once, with the weights of the best epoch on validation rows.
-The floors, popularity and item-transition kNN, are computed on the same rows. Goes on where it was stopped.
+The floors, popularity and item-transition kNN, are computed on the same rows. Goes on where it was stopped. What to choose is found
+out with `--validation_only`, which ranks no test rows, and changes of a recipe:
+
+    python examples/study/accuracy.py --recipe examples/study/recipes/scientific.json --data DIR --encoder MODEL --out runs/study \
+        --validation_only --seeds 0 --set augmentation.inserted=0 --set model.hidden_dropout=0.2
 """
 
 import argparse
@@ -51,7 +55,7 @@ QUICK = {
 }
 
 
-def accuracy(catalogue, embeddings, described, out, recipe, seeds=(0, 1, 2), quick=False):
+def accuracy(catalogue, embeddings, described, out, recipe, seeds=(0, 1, 2), quick=False, validation_only=False):
     """
     Args:
         catalogue ([`Catalogue`]):
@@ -68,6 +72,8 @@ def accuracy(catalogue, embeddings, described, out, recipe, seeds=(0, 1, 2), qui
             Of codebooks, variants of sessions and training.
         quick (`bool`, *optional*, defaults to `False`):
             A tiny model, one epoch on a few rows.
+        validation_only (`bool`, *optional*, defaults to `False`):
+            Whether the validation rows are what is ranked in the end, in cells of their own (`accuracy_trials`), without floors.
 
     Returns:
         `int`: how many cells were computed.
@@ -84,14 +90,16 @@ def accuracy(catalogue, embeddings, described, out, recipe, seeds=(0, 1, 2), qui
     shared = {"data": catalogue.settings() | {"task": catalogue.task}}
     rows = {name: recipe["training"][name] for name in ("validation_rows", "test_rows")}
     cells = [shared | {"floor": name, **rows, "seed": 0} for name in FLOORS]
+    cells = [] if validation_only else cells
     cells += [shared | {"text": described, "recipe": recipe, "seed": seed} for seed in seeds]
+    split = "validation" if validation_only else "test"
 
     def compute(settings, checkpoint_dir):
         if "floor" in settings:
             return floor_cell(settings, catalogue)
-        return recipe_cell(settings, checkpoint_dir, catalogue, embeddings)
+        return recipe_cell(settings, checkpoint_dir, catalogue, embeddings, split)
 
-    return run_cells(out, "accuracy", cells, compute, TRAINING_CODE)
+    return run_cells(out, "accuracy_trials" if validation_only else "accuracy", cells, compute, TRAINING_CODE)
 
 
 def floor_cell(settings, catalogue):
@@ -120,20 +128,22 @@ def floor_cell(settings, catalogue):
     }
 
 
-def recipe_cell(settings, checkpoint_dir, catalogue, embeddings):
+def recipe_cell(settings, checkpoint_dir, catalogue, embeddings, split="test"):
     """
+    Trains, and ranks rows of that split once.
+
     Returns:
         `dict`, JSON-able: `item_ranks`, what is in the history left out, as no one buys it again in these data; `with_history`,
         the same lists as the model gives them; `sid_ranks`; `users`; the curve on validation rows; and costs.
     """
     trainer = fit_recipe(settings, checkpoint_dir, catalogue, embeddings)
-    test = _rows(catalogue, "test", settings["recipe"]["training"]["test_rows"])
-    products, sids, labels, search_seconds = rank_rows(trainer, test)
+    rows = _rows(catalogue, split, settings["recipe"]["training"][f"{split}_rows"])
+    products, sids, labels, search_seconds = rank_rows(trainer, rows)
     return {
-        "item_ranks": ranks_of(leave_out_history(products, catalogue, test), labels),
+        "item_ranks": ranks_of(leave_out_history(products, catalogue, rows), labels),
         "with_history": ranks_of(products, labels),
         "sid_ranks": ranks_of(sids, trainer.processing_class.catalog.sid_rows(labels)),
-        "users": user_numbers(test),
+        "users": user_numbers(rows),
         "search_seconds": search_seconds,
         **describe_training(trainer),
         "about": catalogue.describe(),
@@ -214,6 +224,34 @@ def read_recipe(path):
     return recipe
 
 
+def changed(recipe, assignments):
+    """
+    Args:
+        recipe (`dict`):
+            From [`read_recipe`].
+        assignments (`list[str]`):
+            Such as `"model.width=96"`: section, key and a JSON value.
+
+    Returns:
+        `dict`: a recipe with those values, which its name tells.
+
+    Raises:
+        `ValueError`: for a section or key that the recipe does not have, or a value that is no JSON.
+    """
+    for assignment in assignments:
+        path, _, value = assignment.partition("=")
+        section, _, key = path.partition(".")
+        if not isinstance(recipe.get(section), dict) or key not in recipe[section]:
+            keys = [f"{name}.{key}" for name, values in recipe.items() if isinstance(values, dict) for key in values]
+            raise ValueError(f"--set {assignment}: the recipe has no {path!r}. It has {keys}.")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"--set {assignment}: {value!r} is no JSON. Quote texts: {path}='\"text\"'.") from None
+        recipe = _merged(recipe, {section: {key: value}})
+    return recipe | {"name": ", ".join([recipe["name"], *assignments])}
+
+
 def _merged(recipe, changes):
     return recipe | {name: recipe[name] | values for name, values in changes.items()}
 
@@ -236,13 +274,17 @@ def main(arguments=None):
     parser.add_argument("--max_seq_length", type=int, default=64, help="Tokens of a text that the encoder reads.")
     parser.add_argument("--out", default="runs/study", help="Folder of results.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", action="append", default=[], help="Another value, such as model.width=96; may be repeated."
+    )
+    parser.add_argument("--validation_only", action="store_true", help="Rank validation rows; test rows stay unseen.")
     parser.add_argument("--quick", action="store_true", help="A tiny model, one epoch on a few rows; says nothing.")
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     commit(TRAINING_CODE)  # before anything that takes time, during which files may change
-    recipe, catalogue = read_recipe(args.recipe), load_catalogue(args.data)
+    recipe, catalogue = changed(read_recipe(args.recipe), args.set), load_catalogue(args.data)
     embeddings, described = embed(catalogue, "sentence encoder", args.out, args.encoder, args.max_seq_length)
-    accuracy(catalogue, embeddings, described, args.out, recipe, args.seeds, args.quick)
+    accuracy(catalogue, embeddings, described, args.out, recipe, args.seeds, args.quick, args.validation_only)
     print(f"Tables: {write_accuracy_tables(args.out)}")
 
 

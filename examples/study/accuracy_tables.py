@@ -19,6 +19,9 @@ Everything was chosen on validation rows. Brackets: 95 % percentile intervals of
 over the seeds; they say nothing about other seeds. ± is the standard deviation over seeds. Popularity: by training purchases.
 {KNN_RULE[0].upper()}{KNN_RULE[1:]}.
 """
+TRIALS_LEGEND = """
+Each the recipe that its name begins with, changed in what the name says; validation rows, of which the history is left out, too.
+"""
 PUBLISHED_LEGEND = """
 Not on these terms: figures that others have published, or that were found in their logs, as they stand there. Orders of purchases of
 one day, splits, sizes of models and what is left out of lists differ from the above and from each other; nothing here was run for
@@ -66,20 +69,21 @@ def write_accuracy_tables(out):
     Returns:
         `list[str]`: the file written, none without cells.
     """
-    cells = read_cells(out, "accuracy")
-    if not cells:
+    cells, trials = read_cells(out, "accuracy"), read_cells(out, "accuracy_trials")
+    if not cells and not trials:
         return []
     path = Path(out) / "tables" / "accuracy.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_atomically(path) as temporary:
-        Path(temporary).write_text(accuracy_tables(cells), encoding="utf-8")
+        Path(temporary).write_text(accuracy_tables(cells, trials), encoding="utf-8")
     return [str(path)]
 
 
-def accuracy_tables(cells):
+def accuracy_tables(cells, trials=()):
     """
     Args:
         cells (`list[dict]`): Of the experiment; one table for each data set.
+        trials (`list[dict]`, *optional*): Of what was tried on validation rows alone.
 
     Returns:
         `str`: Markdown.
@@ -96,6 +100,8 @@ def accuracy_tables(cells):
         lines += [f"- validation rows: {'all' if count is None else f'the first {count}'}", ""]
         lines += [*metric_table(block), "", *difference_table(block)]
         lines += ["", "Costs:", "", *cost_table(block), "", *recipes(block), ""]
+    if trials:
+        lines += ["## Tried on validation rows", TRIALS_LEGEND, *trial_table(trials), ""]
     return "\n".join([*lines, "## Published elsewhere", PUBLISHED_LEGEND, *published_table()]) + "\n"
 
 
@@ -174,6 +180,24 @@ def recipes(block):
             lines += [f"{name}:", "", "```json", json.dumps(recipe, indent=2), "```", ""]
         elif "decay" in cells[0]["result"]:
             lines += [f"Decay of the {name}: {cells[0]['result']['decay']:g}.", ""]
+    return lines
+
+
+def trial_table(trials):
+    names = ("data set", "recipe", "seeds", "commit", "CPU seconds", "loss", "best epoch of")
+    lines = ["| " + " | ".join([*names, *METRICS]) + " |", "|---" * (len(names) + len(METRICS)) + "|"]
+    for name, cells in arms_of(trials).items():
+        bests = [max(cell["result"]["validation"], key=lambda entry: entry["ndcg@10"]) for cell in cells]
+        columns = [
+            cells[0]["settings"]["data"]["name"],
+            name,
+            ", ".join(str(cell["seed"]) for cell in cells),
+            ", ".join(sorted({str(cell["commit"]) for cell in cells})),
+            f"{np.mean([cell['cpu_seconds'] for cell in cells]):.0f}",
+            f"{np.mean([best['loss'] for best in bests]):.3f}",
+            ", ".join(f"{best['epoch']:g}" for best in bests) + f" of {len(cells[0]['result']['validation'])}",
+        ]
+        lines.append("| " + " | ".join([*columns, *_columns(cells, "item_ranks")]) + " |")
     return lines
 
 

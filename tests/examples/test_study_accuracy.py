@@ -181,6 +181,22 @@ def test_other_files_are_refused(study_modules, tmp_path, recipe, small):
         study_modules["accuracy"].accuracy(replace(small, sequences=[]), None, {}, tmp_path, recipe)
 
 
+def test_changes_of_a_recipe(study_modules, recipe):
+    changed = study_modules["accuracy"].changed
+    assert changed(recipe, []) == recipe
+    found = changed(recipe, ["model.width=96", "quantizer.codebook_sizes=[64, 64]"])
+    assert found["model"] == recipe["model"] | {"width": 96} and found["quantizer"]["codebook_sizes"] == [64, 64]
+    assert found["name"] == f"{recipe['name']}, model.width=96, quantizer.codebook_sizes=[64, 64]"
+    assert found["training"] == recipe["training"] and recipe["model"]["width"] != 96
+    for assignment, message in (
+        ("model.wide=96", "no 'model.wide'"),
+        ("name=1", "no 'name'"),
+        ("model.family=x", "no JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed(recipe, [assignment])
+
+
 def test_tables_by_hand(study_modules, recipe, monkeypatch):
     tables = study_modules["accuracy_tables"]
     monkeypatch.setattr(tables, "statement", lambda block: ["- statement"])
@@ -199,7 +215,8 @@ def test_tables_by_hand(study_modules, recipe, monkeypatch):
             ("item-transition kNN", {"item_ranks": [1, 0, 0, 0], "decay": 0.8}),
         )
     ]
-    curve = [{"epoch": 1.0, "ndcg@10": 0.2, "recall@10": 0.5}, {"epoch": 2.0, "ndcg@10": 0.1, "recall@10": 0.75}]
+    curve = [{"epoch": 1.0, "ndcg@10": 0.2, "recall@10": 0.5, "loss": 2.0}]
+    curve.append({"epoch": 2.0, "ndcg@10": 0.1, "recall@10": 0.75, "loss": 3.0})
     costs = {
         "validation": curve,
         "parameters": 10,
@@ -212,11 +229,12 @@ def test_tables_by_hand(study_modules, recipe, monkeypatch):
             "settings": {"data": data, "recipe": recipe, "text": {}, "seed": seed},
             "seed": seed,
             "cpu_seconds": 60,
+            "commit": "c",
             "result": common | costs | {"item_ranks": ranks, "with_history": [0, 0, 0, 10]},
         }
         for seed, ranks in ((0, [1, 5, 0, 0]), (1, [1, 5, 10, 0]))
     ]
-    text = tables.accuracy_tables([*trained, *floors])
+    text = tables.accuracy_tables([*trained, *floors], trials=trained)
     lines = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
     name = f"| {recipe['name']}"
     assert lines["| popularity", "1"][4] == "0.0000 [0.0000, 0.0000]"
@@ -226,6 +244,11 @@ def test_tables_by_hand(study_modules, recipe, monkeypatch):
     assert any(line.startswith(f"{name} | +0.0000 [+0.0000, +0.0000] | +0.2500 [") for line in text.splitlines())
     assert lines[name, "1"][2:] == ["10", "2,000", "1.20e+05", "1.0", "60", "1 of 2", "7", "0.5000 |"]
     assert "Decay of the item-transition kNN: 0.8." in text and json.dumps(recipe, indent=2) in text
+    (row,) = (
+        line for line in text.splitlines() if line.startswith(f"| made {name} | 0, 1 | c | 60 | 2.000 | 1, 1 of 2 | ")
+    )
+    assert row.split(" | ")[9].startswith("0.6250 ± 0.1768 [")
+    assert "Tried on" not in tables.accuracy_tables(trained)
     assert text.index("## Published elsewhere") > text.index("Costs:") and ".0648" in text
 
 
@@ -248,6 +271,11 @@ def test_end_to_end(study_modules, load, recipe, tmp_path):
         *(trained[key] for key in ("item_ranks", "with_history", "sid_ranks")), strict=True
     ):
         assert (without == 0) == (with_history == 0) and without <= with_history and sid <= with_history
+    assert module.accuracy(catalogue, texts, {}, tmp_path, recipe, [0], quick=True, validation_only=True) == 1
+    (trial,) = study_modules["cells"].read_cells(tmp_path, "accuracy_trials")
+    hits = np.array(trial["result"]["with_history"])
+    # The best epoch, whose weights these are, is the one there is.
+    assert ((hits > 0) & (hits <= 10)).mean() == pytest.approx(trial["result"]["validation"][0]["recall@10"])
     (path,) = study_modules["accuracy_tables"].write_accuracy_tables(tmp_path)
     text = Path(path).read_text(encoding="utf-8")
     for word in (
