@@ -2,7 +2,8 @@
 Experiment 6: a model of SIDs, a dual tower's exact neighbours and hybrids of both on the same rows, with what each costs.
 
 The hybrids re-score the products that the search of SIDs found, or those and the tower's first 50, by a combination whose weights
-come from validation rows alone; see [`rescoring`](rescoring.py) for its features and [`retrievers`](retrievers.py) for the methods.
+come from validation rows alone. The combination has popularity and history, too; what these do without the other model is measured
+beside the hybrids. See [`rescoring`](rescoring.py) for its features and [`retrievers`](retrievers.py) for the methods.
 """
 
 import time
@@ -13,20 +14,9 @@ from cells import run_cells
 from codes import head_and_tail, make_codes
 from item_embeddings import load_tower, tower_settings
 from rescoring import FEATURES, fit_weights, rescore
-from retrievers import CANDIDATES, HYBRIDS, Retrievers
+from retrievers import CANDIDATES, RESCORED, Retrievers
 from training import TOP_K, describe_training, fit_model, ranks_of, user_numbers
-from training_cells import (
-    BASE,
-    LAYERS,
-    MODEL,
-    QUICK_MODEL,
-    QUICK_TRAINING,
-    SEEDS,
-    SIZE,
-    TRAINING,
-    TRAINING_CODE,
-    UNPRUNED,
-)
+from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
 
 BATCH = 256
 # Sizes of batches, and rows from which a median is taken: what a service waits for, and what it gets through.
@@ -58,23 +48,10 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
     Returns:
         `int`: how many cells were computed.
     """
-    model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
+    tower = {name: value for name, value in tower_settings(catalogue).items() if name not in ("data", "seed")}
     cells = [
-        {
-            "data": catalogue.settings() | {"task": catalogue.task},
-            "embeddings": described,
-            "quantizer": BASE["quantizer"],
-            "codebook_size": size,
-            "layers": layers,
-            "arm": UNPRUNED,
-            "model": model,
-            "training": training | ({"epochs": epochs} if epochs else {}),
-            "tower": {
-                name: value for name, value in tower_settings(catalogue).items() if name not in ("data", "seed")
-            },
-            "candidates": CANDIDATES,
-            "seed": seed,
-        }
+        cell_settings(catalogue, described, UNPRUNED, "llama", size, layers, seed, quick, epochs)
+        | {"tower": tower, "candidates": CANDIDATES}
         for seed in seeds
     ]
 
@@ -106,7 +83,7 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
 
 def compare(retrievers, validation, test):
     """
-    Fits the hybrids' weights on the validation rows, and only then looks at the test rows, once.
+    Fits the weights of what re-scores on the validation rows, and only then looks at the test rows, once.
 
     Args:
         retrievers ([`Retrievers`]):
@@ -116,9 +93,9 @@ def compare(retrievers, validation, test):
 
     Returns:
         `tuple[dict, dict]`: JSON-able, `methods`, by name the rank of what was bought in each test row, 0 beyond 50; `ceilings`,
-        the share of test rows whose product is among a hybrid's candidates; `weights` by hybrid and feature; `fitted_rows`, the
-        validation rows that they were fitted on; `validation_methods`, Recall@10 and NDCG@10 on those rows; `search_seconds`,
-        of all methods on the test rows. And the weights as tensors.
+        the share of test rows whose product is among the candidates; `weights` by method that re-scores and feature;
+        `fitted_rows`, the validation rows that they were fitted on, of how many; `validation_methods`, Recall@10 and NDCG@10
+        on those rows; `search_seconds`, of all methods on the test rows. And the weights as tensors.
     """
     bought = torch.from_numpy(retrievers.bought(validation))
     found, candidates = _collect([retrievers.retrieve(rows) for rows in _batches(validation, BATCH)])
@@ -129,7 +106,7 @@ def compare(retrievers, validation, test):
     on_validation = {name: _brief_metrics(ranks_of(products, bought)) for name, products in ranked.items()}
     del candidates, found, ranked
 
-    started, ranks, is_candidate = time.perf_counter(), {}, {name: [] for name in HYBRIDS}
+    started, ranks, is_candidate = time.perf_counter(), {}, {name: [] for name in RESCORED}
     for rows in _batches(test, BATCH):
         found, candidates = retrievers.retrieve(rows)
         bought = retrievers.bought(rows)
@@ -151,26 +128,26 @@ def compare(retrievers, validation, test):
 def measure_latency(retrievers, rows, weights):
     """
     Milliseconds a row of each method by itself, from rows to ranked products, on this machine as busy as it was: the median
-    over calls. Validation and test rows have gone before, so that nothing is made for the first time.
+    over calls. Methods take turns with every batch, so that other work on the machine hits them alike; the first batch of each
+    size is run once more before and not counted.
 
     Returns:
         `dict`: `single` and `batch` by method, the sizes of batches, device and threads.
     """
     methods = retrievers.floors() | {"dual tower": retrievers.by_tower, "SID model": retrievers.by_sids}
-    for name, union in HYBRIDS.items():
-        methods[name] = lambda rows, name=name, union=union: retrievers.by_hybrid(rows, weights[name], union)
+    for name in RESCORED:
+        methods[name] = lambda rows, name=name: retrievers.by_rescoring(rows, name, weights[name])
     device = retrievers.model.device.type
     measured = {"device": device, "threads": torch.get_num_threads(), "sizes": LATENCY}
     for kind, (size, count) in LATENCY.items():
         batches = list(_batches(_first(rows, count), size))
-        measured[kind] = {}
-        for name, method in methods.items():
-            times = []
-            for batch in batches:
+        times = {name: [] for name in methods}
+        for batch in [batches[0], *batches]:
+            for name, method in methods.items():
                 started = time.perf_counter()
                 method(batch)
-                times.append(1000 * (time.perf_counter() - started) / len(batch))
-            measured[kind][name] = round(float(np.median(times)), 4)
+                times[name].append(1000 * (time.perf_counter() - started) / len(batch))
+        measured[kind] = {name: round(float(np.median(values[1:])), 4) for name, values in times.items()}
     return measured
 
 

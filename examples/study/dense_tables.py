@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 from cells import read_cells
-from training import FLOPS_RULE
-from training_tables import METRICS, interval, metrics
+from training_statistics import METRICS, interval, metrics
+from training_tables import statement
 
 from rqsid.sid_tokenizer.files import replace_atomically
 
-BASELINES = ("SID model", "dual tower")
+BASELINES = ("SID model", "dual tower", "SID model, re-scored", "dual tower, re-scored", "popularity in the category")
 # What each method keeps in memory, by the names of the cells; ids of products are everybody's.
 TOWER, SIDS = ("tower", "item matrix"), ("SID model", "trie and catalog")
 PARTS = {
@@ -18,6 +18,8 @@ PARTS = {
     "item-transition kNN": ("transitions", "popularity"),
     "dual tower": TOWER,
     "SID model": SIDS,
+    "dual tower, re-scored": (*TOWER, "popularity"),
+    "SID model, re-scored": (*SIDS, "popularity"),
     "hybrid": (*SIDS, *TOWER, "popularity"),
     "hybrid, union": (*SIDS, *TOWER, "popularity"),
 }
@@ -27,23 +29,40 @@ All methods answer the same test rows with lists of 50 products; a row is a hit 
 - *popularity*: by training purchases. *In the category*: of the products of the category asked for. A query that is constructed of
   the category of the product bought tells where it is, which this floor takes at its word and all others must learn; where
   categories are small it finds most products, and says how much of the task is in the query.
-- *item-transition kNN*: shares of the next three purchases in training rows (counting 1, 1/2, 1/3), summed over the history, each
-  step back worth half; the query is not read.
-- *dual tower*: the products of largest inner product with the embedded query, of all products.
+- *item-transition kNN*: shares of the next three purchases in training rows (counting 1, 1/2, 1/3; where histories are a choice of
+  purchases, the next of that choice), summed over the history, each step back worth half; the query is not read, nothing is tuned.
+- *dual tower*: the products of largest inner product with the embedded query, of all products; equal ones in no certain order.
 - *SID model*: beam search, unpruned SIDs; products that share a SID come by training purchases.
-- *hybrid*: the search's products (as many as *candidates* says), re-scored by a linear combination. *hybrid, union*: those and the
-  tower's first 50. Log-probability of the SID (of a product that the search did not find the lowest that it found in that row); 1
-  if the search found it; inner product in the tower; log(1 + training purchases); 1 if it is in the user's history; and recency, 1 / n
-  for the n-th latest product of that history, 0 for others. How long ago others last bought a product is not read: not all of the
-  data have times. Weights minimise the listwise cross-entropy on validation rows whose product is a candidate; no test row enters.
+- *SID model, re-scored*: the search's products (as many as *candidates* says), by a linear combination of log-probability of the
+  SID; log(1 + training purchases); 1 if the product is in the user's history; and recency, 1 / n for the n-th latest product of that
+  history, 0 for others. How long ago others last bought a product is not read: not all of the data have times.
+- *dual tower, re-scored*: as many products of the tower, by the same, with the inner product instead of the log-probability.
+- *hybrid*: the search's products, by both and the same. *hybrid, union*: those and the tower's first 50; a product that the search did
+  not find has the lowest log-probability that it found in that row, and lacks the feature *found by beams*.
+
+What a hybrid gains over *SID model* is not the tower's alone: what the tower adds is the difference from *SID model, re-scored*. No
+other method leaves out what the user has bought already, and what is re-scored learns whether that is bought again; in reviews, where
+nobody reviews a product twice, that alone is a gain. Cells without the two re-scored methods are of a version that had none.
+
+Weights minimise the listwise cross-entropy on validation rows whose product is a candidate; no test row enters. They are the rows by
+which the epoch of the SID model was chosen. Tower and SID model are those of the examples, neither tuned against the other: the
+comparison is of these two as described below, not of all that their kinds can do. The tower's epochs are fixed, the SID model's
+chosen; the tower reads words of titles, the SID model the SIDs of the history.
 
 Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean over the seeds; they say nothing about
-other seeds. ± is the standard deviation over seeds. *Paired*: difference on the same rows, over the same seeds.
+other seeds, and are not adjusted for the number of comparisons. ± is the standard deviation over seeds, of what a seed draws.
+*Paired*: difference on the same rows, over the same seeds.
 """
 LATENCY_NOTE = """
 Milliseconds a row, from the row to ranked products, the median over calls, and the mean over seeds. Measured once, in the run that made
-the cell, on a machine that may have been busy with other work: ratios are indications, and no more. The tower's products are compared
-with the query one by one, without an index of neighbours, and the SIDs' model runs as eager PyTorch.
+the cell, on a machine that may have been busy with other work: ratios are indications, and no more. Reading the row and
+turning it into the model's input is included, of which popularity needs nothing. The tower's products are compared with the query one by
+one, without an index of neighbours, the kNN sorts all products, and the SIDs' model runs as eager PyTorch.
+"""
+MEMORY_NOTE = """
+In MB (10^6 bytes), what is kept between queries, beside ids of the products. Not counted, and everybody's in part: tokenizers, titles,
+categories, the histories of users; and what a query needs while it is answered, which is most for the SID model, whose beams have keys
+and values of their own.
 """
 
 
@@ -73,6 +92,9 @@ def dense_tables(cells):
 
     Returns:
         `str`: Markdown.
+
+    Raises:
+        `ValueError`: if cells of other seeds have other test rows.
     """
     lines = ["# Generative against dense", LEGEND]
     blocks = {}
@@ -80,21 +102,27 @@ def dense_tables(cells):
         key = str(sorted((name, value) for name, value in cell["settings"].items() if name != "seed"))
         blocks.setdefault(key, []).append(cell)
     for block in blocks.values():
+        if any(cell["result"]["users"] != block[0]["result"]["users"] for cell in block):
+            raise ValueError(
+                "The seeds have other test rows, so that they cannot be paired. Remove the cells, they are run anew."
+            )
         settings, results = block[0]["settings"], [cell["result"] for cell in block]
         title = f"{settings['data']['name']}, {settings['data']['task']}, K = {settings['codebook_size']}"
         lines += [f"## {title}, {settings['layers']} layers", "", *_statement(block)]
-        methods = [name for name in PARTS if name in results[0]["methods"]]
+        methods = [name for name in PARTS if all(name in result["methods"] for result in results)]
         lines += ["", *_header("method", METRICS)]
         lines += [_metrics_row(name, results) for name in methods]
-        for baseline in BASELINES:
+        for baseline in [name for name in BASELINES if name in methods]:
             lines += ["", "Paired:", "", *_header(f"method - {baseline}", METRICS)]
             lines += [_paired_row(name, baseline, results) for name in methods if name != baseline]
-        lines += ["", "Weights of the hybrids, in the units of the features:", "", *_weights_table(results)]
-        lines += ["", "On the validation rows, to which the weights of the hybrids were fitted:", ""]
+        lines += ["", "Weights, in the units of the features; 0 for what is the same for all candidates:", ""]
+        lines += _weights_table([name for name in methods if name in results[0]["weights"]], results)
+        lines += ["", "On the validation rows, to which weights were fitted, which flatters what is re-scored:", ""]
         lines += _validation_table(methods, results)
         lines += ["", "Latency:", LATENCY_NOTE, *_latency_table(methods, results)]
-        lines += ["", "Memory, in MB (10^6 bytes), beside ids of the products:", "", *_memory_table(methods, results)]
-        lines += ["", "Training:", "", *_training_table(results), ""]
+        lines += ["", "Memory:", MEMORY_NOTE, *_memory_table(methods, results)]
+        lines += ["", "Training; where the best epoch is the last one, more of them might help:", ""]
+        lines += [*_training_table(results), ""]
     return "\n".join(lines) + "\n"
 
 
@@ -117,10 +145,10 @@ def _paired_row(name, baseline, results):
     return _row(name, [f"{means[at]:+.4f} [{low[at]:+.4f}, {high[at]:+.4f}]" for at in range(len(METRICS))])
 
 
-def _weights_table(results):
+def _weights_table(methods, results):
     features = list(results[0]["weights"]["hybrid"])
     lines = _header("method", [*features, "rows fitted on", "test rows with the product among candidates"])
-    for name in results[0]["weights"]:
+    for name in methods:
         weights = np.array([[result["weights"][name][feature] for feature in features] for result in results])
         rows = ", ".join("{} of {}".format(*result["fitted_rows"][name]) for result in results)
         ceiling = _means(np.array([[result["ceilings"][name]] for result in results]), ".4f")
@@ -184,26 +212,18 @@ def _training_table(results):
 
 
 def _statement(cells):
-    """What every table says of itself: data set, task, protocol, tie order, seeds, commit, cost."""
-    settings, results = cells[0]["settings"], [cell["result"] for cell in cells]
+    """What every table says of itself, and what this one is of besides."""
+    settings = cells[0]["settings"]
     embeddings = settings["embeddings"]
-    about = results[0]["about"] | {
-        "test rows": f"{len(results[0]['item_ranks'])} of {len(set(results[0]['users']))} users, searched once; the epoch is the best "
-        "by NDCG@10 on validation rows",
+    about = {
+        "cost, more precisely": "the search is that of all methods together; towers and codebooks that were there already are not "
+        "counted",
         "SIDs": f"{settings['quantizer']}, {settings['arm']['init']}, of embeddings: {embeddings['kind']} ({embeddings['of']})",
         "model": f"{settings['model']}; training: {settings['training']}",
         "dual tower": f"{settings['tower']}, trained on the training rows with the cell's seed",
-        "candidates": f"{settings['candidates']} products of {settings['training']['num_beams']} beams",
-        "seeds": ", ".join(str(seed) for seed in sorted(cell["seed"] for cell in cells)),
-        "commit": ", ".join(sorted({str(cell["commit"]) for cell in cells}))
-        + "; "
-        + ", ".join(f"{name} {version}" for name, version in cells[0]["versions"].items()),
-        "cost": f"{sum(cell['cpu_seconds'] for cell in cells):.0f} s of CPU for {len(cells)} cells (towers and codebooks that were "
-        f"there already not counted), {sum(result['training_tokens'] for result in results):,} training tokens, "
-        f"{sum(result['training_flops'] for result in results):.2e} FLOPs, estimated as {FLOPS_RULE}, "
-        f"{sum(result['search_seconds'] for result in results):.0f} s for the test rows by all methods",
+        "candidates": f"{settings['candidates']} products of {settings['training']['num_beams']} beams, or of the tower",
     }
-    return [f"- {name}: {value}" for name, value in about.items()]
+    return [*statement(cells), *(f"- {name}: {value}" for name, value in about.items())]
 
 
 def _means(values, form):

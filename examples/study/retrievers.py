@@ -1,4 +1,4 @@
-"""Ways to find products for the same rows: popularity, transitions, a dual tower, a model of SIDs, and the last two together."""
+"""Ways to find products for the same rows: popularity, transitions, a dual tower, a model of SIDs, and both re-scored."""
 
 import numpy as np
 import torch
@@ -9,8 +9,11 @@ from training import TOP_K
 
 from rqsid import SIDTrie, search
 
-CANDIDATES = 200  # products of the SID model that a hybrid re-scores
-HYBRIDS = {"hybrid": False, "hybrid, union": True}  # whether the tower's own products are candidates, too
+CANDIDATES = 200  # products that are re-scored; a union has the tower's first 50 besides
+HYBRID, UNION = "hybrid", "hybrid, union"
+# Without what the other one says, so that a hybrid's gain is not taken for the other's if popularity and history explain it.
+SIDS_ALONE, TOWER_ALONE = "SID model, re-scored", "dual tower, re-scored"
+RESCORED = (SIDS_ALONE, TOWER_ALONE, HYBRID, UNION)
 STEPS, DECAY = 3, 0.5  # of transitions
 
 
@@ -75,30 +78,32 @@ class Retrievers:
         return self._padded(self.by_popularity[order])
 
     def by_tower(self, rows):
-        """The products of largest inner product with the query, of all products. Shape: (R, 50)."""
-        return self._padded(self._nearest(self._embedded(rows)).cpu().numpy())
+        """The products of largest inner product with the query, of all products; ties in no certain order. Shape: (R, 50)."""
+        return self._padded(self._nearest(self._embedded(rows), TOP_K).cpu().numpy())
 
     def by_sids(self, rows):
         """Those of the most probable SIDs; products of one SID by training purchases. Shape: (R, 50)."""
         return self._beams(rows, TOP_K)[0].cpu().numpy()
 
-    def by_hybrid(self, rows, weights, with_tower):
-        """Candidates re-scored. Shape: (R, 50)."""
-        products, features = self._candidates(rows, self._beams(rows, CANDIDATES), self._embedded(rows), with_tower)
+    def by_rescoring(self, rows, name, weights):
+        """The candidates of one of [`RESCORED`], re-scored; only what these need is computed. Shape: (R, 50)."""
+        beams = None if name == TOWER_ALONE else self._beams(rows, CANDIDATES)
+        queries = None if name == SIDS_ALONE else self._embedded(rows)
+        products, features = self._candidates(rows, name, beams, queries)
         return rescore(features, products, weights, TOP_K).cpu().numpy()
 
     def retrieve(self, rows):
         """
-        What all methods but the hybrids find, and what those re-score, of one search.
+        What all methods but those of [`RESCORED`] find, and what these re-score, of one search.
 
         Returns:
-            `tuple[dict, dict]`: ranked products by method, and products and features (tensors) by hybrid.
+            `tuple[dict, dict]`: ranked products by method, and products and features (tensors) by method that re-scores.
         """
         beams, queries = self._beams(rows, CANDIDATES), self._embedded(rows)
         found = {name: method(rows) for name, method in self.floors().items()}
-        found["dual tower"] = self._padded(self._nearest(queries).cpu().numpy())
+        found["dual tower"] = self._padded(self._nearest(queries, TOP_K).cpu().numpy())
         found["SID model"] = beams[0][:, :TOP_K].cpu().numpy()
-        return found, {name: self._candidates(rows, beams, queries, union) for name, union in HYBRIDS.items()}
+        return found, {name: self._candidates(rows, name, beams, queries) for name in RESCORED}
 
     def floors(self):
         """Methods that learn nothing, by name; one of them only where queries are constructed."""
@@ -106,7 +111,10 @@ class Retrievers:
         return {"popularity": self.by_counts, **of_category, "item-transition kNN": self.by_transitions}
 
     def memory(self):
-        """Bytes of what each part keeps in memory to answer: weights as they are, tables, indexes."""
+        """
+        Bytes of what each part keeps in memory between queries: weights as they are, tables, indexes. Tokenizers, titles,
+        categories and what a search needs while it runs are not counted.
+        """
         columns = self.tokenizer.catalog.columns
         ids = sum(column.nbytes for name, column in columns.items() if name.startswith("product_id"))
         trie = SIDTrie.from_tokenizer(self.tokenizer)
@@ -120,9 +128,17 @@ class Retrievers:
             "trie and catalog": trie.nbytes + sum(column.nbytes for column in columns.values()) - ids,
         }
 
-    def _candidates(self, rows, beams, queries, with_tower):
-        products, log_probs = join_candidates(*beams, self._nearest(queries) if with_tower else None)
-        similarities = torch.einsum("rd,rcd->rc", queries, self.items[products.clamp(min=0)])
+    def _candidates(self, rows, name, beams, queries):
+        """What a method does not read is the same for all candidates, and so gets no weight."""
+        if name == TOWER_ALONE:
+            products = self._nearest(queries, CANDIDATES)
+            log_probs = torch.full(products.shape, -torch.inf, device=products.device)
+        else:
+            products, log_probs = join_candidates(*beams, self._nearest(queries, TOP_K) if name == UNION else None)
+        if name == SIDS_ALONE:
+            similarities = torch.zeros(products.shape, device=products.device)
+        else:
+            similarities = torch.einsum("rd,rcd->rc", queries, self.items[products.clamp(min=0)])
         history = torch.from_numpy(self._history(rows["history"][:])).to(products.device)
         return products, make_features(products, log_probs, similarities, self.log_popularity, history)
 
@@ -138,8 +154,8 @@ class Retrievers:
     def _embedded(self, rows):
         return torch.from_numpy(np.asarray(self.encode_queries(rows), dtype=np.float32)).to(self.items.device)
 
-    def _nearest(self, queries):
-        return (queries @ self.items.T).topk(min(TOP_K, len(self.items)), dim=1).indices
+    def _nearest(self, queries, count):
+        return (queries @ self.items.T).topk(min(count, len(self.items)), dim=1).indices
 
     def _history(self, histories):
         """Shape: (R, H), the latest first, -1 behind the oldest."""

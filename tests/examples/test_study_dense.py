@@ -104,7 +104,7 @@ def test_planted_weights_are_found(study_modules):
     assert certain[0] > 3 and certain.isfinite().all() and certain[1] == 0
 
 
-def test_methods_against_brute_force(study_modules, catalogue, towers, retrievers):
+def test_methods_against_brute_force(study_modules, catalogue, towers, retrievers, monkeypatch):
     _, (tower, embeddings, _) = towers
     rows = catalogue.splits["test"].select(range(20))
     texts = [
@@ -145,20 +145,37 @@ def test_methods_against_brute_force(study_modules, catalogue, towers, retriever
         products, known = products.numpy(), (products >= 0).numpy()
         assert known.sum(1).tolist() == [len(set(row[row >= 0])) for row in products]
         expected = np.take_along_axis(similarities, products.clip(0), 1)
-        assert features[..., 2].numpy()[known] == pytest.approx(expected[known], abs=1e-5)
+        wanted = expected[known] if name != "SID model, re-scored" else np.zeros(known.sum())
+        assert features[..., 2].numpy()[known] == pytest.approx(wanted, abs=1e-5)
         assert features[..., 3].numpy()[known] == pytest.approx(np.log1p(popularity)[products[known]], rel=1e-6)
         if name == "hybrid, union":
             assert all(set(near) <= set(row) for near, row in zip(exact[:, :45], products, strict=True))
-        assert (retrievers.by_hybrid(rows, torch.eye(6).double()[2], "union" in name)[:, 0] >= 0).all()
+        elif name == "dual tower, re-scored":
+            assert (np.diff(expected, axis=1) < 1e-5).all() and products.shape == (20, 200)
+            assert all(set(near) <= set(row) for near, row in zip(exact, products, strict=True))
+        else:
+            assert (products[:, :50] == found["SID model"]).all()
+    # by similarity alone what is re-scored comes in the tower's order, and nothing is searched for the tower's own
+    retrievers.seen.clear()
+    ranked = retrievers.by_rescoring(rows, "dual tower, re-scored", torch.eye(6).double()[2])
+    assert (ranked == exact).mean() > 0.99 and not retrievers.seen
+    monkeypatch.setattr(retrievers, "encode_queries", lambda _: pytest.fail("Nothing is asked of the tower."))
+    ranked = retrievers.by_rescoring(rows, "SID model, re-scored", torch.eye(6).double()[0])
+    assert (ranked == found["SID model"]).all()
 
 
 def test_test_rows_never_enter_the_fit(study_modules, catalogue, retrievers):
     dense, validation, test = study_modules["dense"], catalogue.splits["validation"], catalogue.splits["test"]
     first, weights = dense.compare(retrievers, validation, test)
-    assert [len(ranks) for ranks in first["methods"].values()] == [60] * 7 and set(first["methods"]) == set(
+    assert [len(ranks) for ranks in first["methods"].values()] == [60] * 9 and set(first["methods"]) == set(
         study_modules["dense_tables"].PARTS
     )
     assert first["fitted_rows"]["hybrid"][0] < first["fitted_rows"]["hybrid, union"][0] < 60
+    # what a method must not read has no weight
+    weight = first["weights"]
+    assert weight["SID model, re-scored"]["tower similarity"] == 0 != weight["hybrid"]["tower similarity"]
+    assert weight["dual tower, re-scored"]["SID log-probability"] == 0 != weight["hybrid"]["SID log-probability"]
+    assert weight["dual tower, re-scored"]["tower similarity"] != 0 == weight["hybrid"]["found by beams"]
     changed = test.select(range(30)).map(lambda row: {"product": str((int(row["product"]) + 1) % 320)})
     second, again = dense.compare(retrievers, validation, changed)
     for name in ("weights", "fitted_rows", "validation_methods"):
@@ -177,8 +194,9 @@ def test_test_rows_never_enter_the_fit(study_modules, catalogue, retrievers):
     hits = (products == bought[:, None]).any(1).sum()
     assert first["fitted_rows"]["hybrid"] == [hits, 60]
     # what a hybrid ranks is what it re-scored
-    ranked = retrievers.by_hybrid(test, weights["hybrid"], False)
-    assert study_modules["training"].ranks_of(ranked, retrievers.bought(test)) == first["methods"]["hybrid"]
+    for name in weights:
+        ranked = retrievers.by_rescoring(test, name, weights[name])
+        assert study_modules["training"].ranks_of(ranked, retrievers.bought(test)) == first["methods"][name]
     assert first["ceilings"]["hybrid"] >= np.count_nonzero(first["methods"]["hybrid"]) / 60
 
 
@@ -261,10 +279,11 @@ def test_end_to_end(study_modules, catalogue, tmp_path, monkeypatch):
         assert f"- {word}" in text
     assert "Secret" not in text
     rows = [line for line in text.splitlines() if line.startswith("| hybrid, union | ")]
-    assert len(rows) == 7  # metrics, two paired, weights, validation, latency, memory
-    (recall,) = [line for line in text.splitlines() if line.startswith("| hybrid, union - ")] or [rows[0]]
-    hits = np.array(result["methods"]["hybrid, union"])
-    assert f"{np.mean(hits == 1):.4f} [" in recall
+    assert len(rows) == 10  # metrics, five paired, weights, validation, latency, memory
+    hits = {name: np.array(ranks) == 1 for name, ranks in result["methods"].items()}
+    assert rows[0].startswith(f"| hybrid, union | {hits['hybrid, union'].mean():.4f} [")
+    for row, baseline in zip(rows[1:6], study_modules["dense_tables"].BASELINES, strict=True):
+        assert row.startswith(f"| hybrid, union | {hits['hybrid, union'].mean() - hits[baseline].mean():+.4f} [")
     assert dense.dense(catalogue, points, described, tmp_path, size=16, seeds=[0], quick=True) == 0
     # the next item is no search in a category
     plain = catalogue.without_queries()
@@ -275,8 +294,12 @@ def test_end_to_end(study_modules, catalogue, tmp_path, monkeypatch):
     less = {name: ranks for name, ranks in result["methods"].items() if name != "popularity in the category"}
     next_item = study_modules["dense_tables"].dense_tables([cell | {"result": result | {"methods": less}}])
     assert "| popularity in the category" in text and "| popularity in the category" not in next_item
+    assert "| method - popularity in the category" in text and "| method - SID model, re-scored" in next_item
     # of two seeds the table has means and deviations
     twice = study_modules["dense_tables"].dense_tables(
         [cell, cell | {"seed": 1, "settings": cell["settings"] | {"seed": 1}}]
     )
     assert "± 0.0000" in twice and "- seeds: 0, 1" in twice and twice.count("\n## ") == 1
+    others = {"seed": 1, "settings": cell["settings"] | {"seed": 1}, "result": result | {"users": [0] * 50}}
+    with pytest.raises(ValueError, match="other test rows"):
+        study_modules["dense_tables"].dense_tables([cell, cell | others])
