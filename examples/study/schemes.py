@@ -11,6 +11,7 @@ from codes import make_codes
 from scheme_codes import PlainCodes, atomic_codes, kept_hierarchical_codes
 from training import train_cell
 from training_cells import BASE, LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings, remedies, remedy_arms
+from training_comparisons import NOISE_BASELINE, SUFFIX_BASELINE
 
 COARSE_LAYERS = 2
 
@@ -18,7 +19,8 @@ COARSE_LAYERS = 2
 def scheme_arms(num_epochs=40):
     """
     What `remedies` has not. Rows of new tokens start from the codebooks where there are any, and from noise elsewhere; what that
-    alone changes says the first arm, the baseline from noise.
+    alone changes says the first arm, the baseline from noise. The second is the baseline of the three that follow: as they do,
+    it starts from noise, and names each product alone.
 
     Args:
         num_epochs (`int`, *optional*, defaults to 40): Of the RQ-VAE.
@@ -26,6 +28,7 @@ def scheme_arms(num_epochs=40):
     plain = {name: value for name, value in UNPRUNED.items() if name != "init"}
     return [
         UNPRUNED | {"name": "unpruned, rows from noise", "scheme": "noise"},
+        UNPRUNED | {"name": NOISE_BASELINE, "scheme": "noise", "collisions": "suffix"},
         plain | {"name": "atomic ids (as DSI)", "scheme": "atomic"},
         plain | {"name": "hierarchical k-means (as NCI)", "scheme": "hierarchical"},
         plain
@@ -36,8 +39,11 @@ def scheme_arms(num_epochs=40):
 
 
 def shared_arms(size):
-    """Those of `remedies` that are schemes, too: SIDs shared, with suffixes, and pruned by the paper's share."""
-    names = (UNPRUNED["name"], "collisions by suffix", f"top {max(1, round(0.098 * size))} of {size} pruned")
+    """
+    Those of `remedies` that are schemes, too: SIDs shared, of better codebooks, with suffixes, and pruned by the paper's share.
+    """
+    pruned = f"top {max(1, round(0.098 * size))} of {size} pruned"
+    names = (UNPRUNED["name"], "relocated codebooks", SUFFIX_BASELINE, pruned)
     return [arm for arm in remedy_arms(size) if arm["name"] in names]
 
 
@@ -45,7 +51,7 @@ def schemes(
     catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None, names=None
 ):
     """
-    See [`remedies`], of which three arms are cells of this experiment, too (two if quick): they are computed if they are missing,
+    See [`remedies`], of which four arms are cells of this experiment, too (two if quick): they are computed if they are missing,
     as cells of `remedies`, after the others.
 
     Returns:

@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
+from scipy import stats
 
 RECALL, NDCG = (1, 5, 10, 50), (5, 10)
 METRICS = (*(f"Recall@{k}" for k in RECALL), *(f"NDCG@{k}" for k in NDCG), "MRR")
@@ -100,27 +101,36 @@ def differences(baseline, cells, ranks="item_ranks"):
     return {seed: of_arm[seed] - base[seed] for seed in sorted(base.keys() & of_arm.keys())}
 
 
-def p_values(of_seeds, users):
+def p_values(of_seeds, users, other_seeds=False):
     """
-    Two-sided, of each metric's mean difference: normal, with the standard error that the resampled users give. Tails of a
-    thousand resamples are too coarse for many comparisons.
+    Two-sided, of each metric's mean difference, by the standard error that the resampled users give. Tails of a thousand
+    resamples are too coarse for many comparisons.
+
+    Users alone say whether these very models differ, and two models of one arm do, often, that differ in their seeds only.
+    With `other_seeds` the variance of the seeds' means is added, which counts what the two have in common twice and is so
+    rather too large: Cameron, Gelbach, Miller, Robust inference with multiway clustering, 2011. Student's t then has the degrees
+    of freedom of Satterthwaite, An approximate distribution of estimates of variance components, 1946.
 
     Args:
         of_seeds (`dict[int, np.ndarray]`): From [`differences`].
         users (`list[int]`): A number for the user of each row.
+        other_seeds (`bool`, *optional*, defaults to `False`): Whether the seeds are a sample, too.
 
     Returns:
-        `list[float]`: one a metric.
+        `np.ndarray`: one a metric; NaN with `other_seeds` if there is one seed only. Shape: (M,).
     """
-    values = np.mean(list(of_seeds.values()), axis=0)
-    errors = resampled_means(values, np.ones(len(values)), users).std(0, ddof=1)
-    found = []
-    for mean, error in zip(values.mean(0), errors, strict=True):
-        if error == 0:
-            found.append(float(mean == 0))
-        else:
-            found.append(math.erfc(abs(mean) / error / math.sqrt(2)))
-    return found
+    values, num_seeds = np.stack(list(of_seeds.values())), len(of_seeds)
+    if other_seeds and num_seeds < 2:
+        return np.full(values.shape[2], np.nan)
+    means = values.mean((0, 1))
+    variance = resampled_means(values.mean(0), np.ones(values.shape[1]), users).var(0, ddof=1)
+    freedom = np.full(len(means), np.inf)
+    if other_seeds:
+        between = values.mean(1).var(0, ddof=1) / num_seeds
+        variance = variance + between
+        np.divide(variance**2 * (num_seeds - 1), between**2, out=freedom, where=between > 0)
+    sizes = np.divide(np.abs(means), np.sqrt(variance), out=np.where(means == 0, 0, np.inf), where=variance > 0)
+    return 2 * stats.t.sf(sizes, freedom)
 
 
 def holm(values):
@@ -128,13 +138,14 @@ def holm(values):
     P-values adjusted for their number: Holm, A simple sequentially rejective multiple test procedure, 1979.
 
     Args:
-        values (`list[float]`): m p-values.
+        values (`list[float]`): m p-values; NaN, which is not counted, where there was no test.
 
     Returns:
         `list[float]`: in the same order; the i-th smallest times m - i + 1, at least its predecessor, at most 1.
     """
-    adjusted, largest = [0.0] * len(values), 0.0
-    for place, at in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, values[at] * (len(values) - place)))
+    adjusted, largest = [math.nan] * len(values), 0.0
+    tested = sorted((at for at, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__)
+    for place, at in enumerate(tested):
+        largest = max(largest, min(1.0, values[at] * (len(tested) - place)))
         adjusted[at] = largest
     return adjusted

@@ -85,20 +85,57 @@ def test_differences_by_group_and_their_summary(study_modules):
     missed = np.mean(
         [np.mean([rank == 0 for rank, row in zip(ranks, range(200), strict=True) if row % 4 > 1]) for ranks in base]
     )
-    assert f"| tail | items | +0.0000 [+0.0000, +0.0000] | {missed:+.4f} [" in text
-    assert "| equal | items | +0.0000 [+0.0000, +0.0000] | +0.0000 [+0.0000, +0.0000] | +0.0000 [+0.0000" in text
+    nothing = "+0.0000<br>[+0.0000, +0.0000]"
+    assert f"| tail | {nothing} | {missed:+.4f}<br>[" in text
+    assert f"| equal |{f' {nothing} |' * 6}" in text
     assert text.count("| fewer | none with the same rows |") == 2 and "| fewer | 1 | " in text
     assert "- test rows: 100 of 100 users or 200 of 200 users" in text
     # two arms with the baseline's rows, two metrics of items and one of SIDs
-    assert "6 comparisons: if no arm differed, about 0.3 of them" in text
+    assert "6 comparisons, for which" in text and text.count("Recall@10: arm - unpruned | difference |") == 2
     each = ", ".join(f"{np.sum(np.array(new) != old) / 200:+.4f}" for new, old in zip(tail, base, strict=True))
-    assert "| tail |" + f" better | better (p < .001) | {each} |" * 3 in text
-    nothing = "no difference shown | no difference shown (p 1.000) | +0.0000, +0.0000"
-    assert f"| equal | {nothing} | {nothing} | {nothing} |" in text
-    # a worse arm, of the other order of columns
-    arms = {"unpruned": [cells[2]], "worse": [cells[0]]}
-    assert "| worse | worse | worse (p < .001) |" in "\n".join(comparisons.summary(arms))
+    assert text.count(f"| {each} | better (p < .001) | better (p ") == 3
+    same = "no difference shown (p 1.000)"
+    assert text.count(f"| equal | +0.0000 [+0.0000, +0.0000] | +0.0000, +0.0000 | {same} | {same} |") == 3
+    assert text.count("| 5 and 5 |") == 2  # SIDs, where those are counted
+    # a worse arm, of the other order of columns; of other seeds one says nothing
+    found = "\n".join(comparisons.summary({"unpruned": [cells[2]], "worse": [cells[0]]}))
+    assert found.count("| worse (p < .001) | one seed: not known |") == 3
     assert comparisons.summary({"unpruned": [cells[0]], "fewer": [cells[-1]]}) == []
+
+
+def test_seeds_that_disagree_show_nothing_of_other_seeds(study_modules):
+    """One arm under two names, of which each model is luckier or not: users alone tell the models apart."""
+    comparisons, random = study_modules["training_comparisons"], np.random.default_rng(1)
+    rates = {"unpruned": (0.5, 0.45, 0.4), "again": (0.49, 0.5, 0.45), "better": (0.71, 0.66, 0.6)}
+    arms = {
+        name: [
+            make_cell(name, seed, (random.random(4000) < rate).astype(int).tolist()) for seed, rate in enumerate(of)
+        ]
+        for name, of in rates.items()
+    }
+    found = [line.split(" | ")[3:5] for line in comparisons.summary(arms) if line.startswith(("| again", "| better"))]
+    assert all(these.startswith("better (p ") for these, _ in found) and len(found) == 6
+    assert [others[:6] for _, others in found] == ["no dif", "better"] * 3
+
+
+def test_arms_of_one_name_are_refused_if_they_differ(study_modules):
+    tables, ranks = study_modules["training_tables"], [1, 0, 1, 0]
+    cells = [make_cell({"name": "focal loss", "gamma": gamma}, seed, ranks) for seed, gamma in enumerate((1.0, 2.0))]
+    with pytest.raises(ValueError, match="all called 'focal loss'"):
+        tables.training_tables("Made up", cells)
+    assert tables.file_name("made up, K = 4 (3 layers)") == "made-up-k-4-3-layers"
+
+
+def test_the_first_token_given_is_compared(study_modules):
+    tables, cells = study_modules["training_tables"], []
+    for name, given in (("unpruned", [1, 1, 0, 0]), ("first two layers swapped", [1, 1, 1, 0])):
+        cells.append(make_cell(name, 0, [1, 0, 0, 0]))
+        cells[-1]["result"]["given_first_token"] = given
+    text = tables.training_tables("Made up", cells)
+    gains = text.split("### What the first token given changes")[1].split("###")[0]
+    assert "| unpruned | 1 | +0.2500<br>" in gains and "| first two layers swapped | 1 | +0.5000<br>" in gains
+    paired = text.split("### Paired with *unpruned*, item-level, the first token given")[1].split("###")[0]
+    assert paired.count("| +0.2500<br>") == 7
 
 
 def test_arms_with_suffixes_have_a_baseline_of_their_own(study_modules):
@@ -115,11 +152,14 @@ def test_arms_with_suffixes_have_a_baseline_of_their_own(study_modules):
         "pruned, suffix": arm("pruned, suffix", "suffix", "top_k"),
         "focal, suffix": arm("focal, suffix", "suffix", "none"),
     }
+    for name, scheme in ((comparisons.NOISE_BASELINE, "noise"), ("unpruned, noise", "noise"), ("atomic", "atomic")):
+        arms[name] = [make_cell({"name": name, "scheme": scheme}, 0, ranks)]
     found = comparisons.baselines(arms)
+    assert list(found.pop(comparisons.NOISE_BASELINE)) == [comparisons.NOISE_BASELINE, "atomic"]
     assert list(found) == ["unpruned", "collisions by suffix"] and found["unpruned"] == arms
     assert list(found["collisions by suffix"]) == ["collisions by suffix", "pruned, suffix"]
     text = "\n".join(comparisons.summary(found["collisions by suffix"], "collisions by suffix"))
-    assert text.count("| pruned, suffix |") == 1 and "| arm - collisions by suffix |" in text
+    assert text.count("| pruned, suffix |") == 3 and "| item-level NDCG@10: arm - collisions by suffix |" in text
     assert comparisons.baselines({"pruned": arms["pruned"]}) == {}
 
 
@@ -128,6 +168,7 @@ def test_p_values_and_holm_by_hand(study_modules):
     # the smallest times 4, the next times 3, of which one must not be less than its predecessor
     assert statistics.holm([0.03, 0.01, 0.012, 0.9]) == pytest.approx([0.06, 0.04, 0.04, 0.9])
     assert statistics.holm([0.7, 0.6]) == [1.0, 1.0] and statistics.holm([]) == []
+    assert statistics.holm([0.03, np.nan, 0.01]) == pytest.approx([0.03, np.nan, 0.02], nan_ok=True)
     # 60 of 400 users gain a hit, 40 lose one: z = 20 / sqrt(100 - 1) = 2.01, p = .044
     change = np.repeat([1.0, -1.0, 0.0], [60, 40, 300])[:, None]
     (p_value,) = statistics.p_values({0: change}, list(range(400)))
@@ -135,6 +176,13 @@ def test_p_values_and_holm_by_hand(study_modules):
     # each user's rows count once when they are equal: four copies of everything say nothing more
     (copied,) = statistics.p_values({0: np.repeat(change, 4, 0)}, np.repeat(np.arange(400), 4).tolist())
     assert copied == pytest.approx(p_value)
+    # three seeds of .04, .05 and .06, the same for all users: t = .05 / (.01 / sqrt(3)) = 8.66 of 2 degrees, p = .013
+    seeds = {seed: np.full((400, 1), mean) for seed, mean in enumerate((0.04, 0.05, 0.06))}
+    assert statistics.p_values(seeds, range(400))[0] == pytest.approx(0)
+    assert statistics.p_values(seeds, range(400), other_seeds=True)[0] == pytest.approx(0.0131, abs=1e-4)
+    # seeds that agree add nothing to users, however few they are
+    agreeing = statistics.p_values({0: change, 1: change}, range(400), other_seeds=True)
+    assert agreeing[0] == pytest.approx(p_value) and np.isnan(statistics.p_values({0: change}, range(400), True)[0])
 
 
 def test_headings_tell_blocks_apart(study_modules):
@@ -191,10 +239,11 @@ def test_hierarchical_codes_are_nested_clusters(study_modules, catalogue, points
 
 def test_catalogs_of_the_schemes(study_modules, catalogue, points):
     training, arms = study_modules["training"], study_modules["schemes"].scheme_arms()
-    assert len({arm["name"] for arm in arms}) == len(arms) == 5
+    assert len({arm["name"] for arm in arms}) == len(arms) == 6
     shared = {arm["name"] for arm in study_modules["schemes"].shared_arms(128)}
-    assert shared == {"unpruned", "collisions by suffix", "top 13 of 128 pruned"}
+    assert shared == {"unpruned", "relocated codebooks", "collisions by suffix", "top 13 of 128 pruned"}
     by_scheme = {arm["scheme"]: arm for arm in arms}
+    assert by_scheme["noise"]["collisions"] == "suffix"
     atomic = study_modules["scheme_codes"].atomic_codes(320)
     catalog, quantizer = training.build_catalog(catalogue, atomic, by_scheme["atomic"], points)
     described = training.describe_sids(catalog)
@@ -286,9 +335,12 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     assert not (tmp_path / "remedies.jsonl").exists()
     with pytest.raises(ValueError, match="No arm is called .'DSI'"):
         schemes.schemes(catalogue, points, described, tmp_path, names=["DSI"], **options)
-    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 6
+    assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 7
     assert schemes.schemes(catalogue, points, described, tmp_path, **options) == 0
-    own = {cell["settings"]["arm"].get("scheme"): cell["result"] for cell in cells.read_cells(tmp_path, "schemes")}
+    own = {cell["settings"]["arm"]["name"]: cell for cell in cells.read_cells(tmp_path, "schemes")}
+    of_suffix = own.pop("collisions by suffix, rows from noise")["result"]
+    own = {cell["settings"]["arm"]["scheme"]: cell["result"] for cell in own.values()}
+    own["suffix, noise"] = of_suffix
     (unpruned,) = (
         cell["result"]
         for cell in cells.read_cells(tmp_path, "remedies")
@@ -297,7 +349,7 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     for name, result in own.items():
         assert result["groups"] == unpruned["groups"] and result["users"] == unpruned["users"], name
         assert max(result["item_ranks"]) > 0
-    for name in ("atomic", "hierarchical", "RQ-VAE"):
+    for name in ("atomic", "hierarchical", "RQ-VAE", "suffix, noise"):
         assert own[name]["item_ranks"] == own[name]["sid_ranks"]
         assert own[name]["sids"]["unique"] == 320
     assert own["noise"]["sids"] == unpruned["sids"] and own["noise"]["parameters"] == unpruned["parameters"]
@@ -323,7 +375,8 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     with open(file, encoding="utf-8") as opened:
         text = opened.read()
     assert text.count("\n## ") == 1 and "not replications" in text
-    assert "12 comparisons" in text
+    # seven arms and three metrics against the baseline, three arms against that with suffixes, from noise
+    assert "21 comparisons" in text and "9 comparisons" in text
     # paired metrics, of one seed
     assert any(f"| atomic ids (as DSI) | 1 | {sign}" in text for sign in "+-")
     assert f"- seed 0: ridge {coarse['dense']['ridge']}, weight " in text
