@@ -14,12 +14,16 @@ from rqsid.sid_tokenizer.files import replace_atomically
 LEGEND = """
 *Appended*: test rows whose product joined the catalog after codebooks were fitted and the model was trained without it; *seen*: all
 others, and of them apart those with an appended product in the history. *Trained without*: that model; *trained with all*: codebooks
-and model that know all products, same seed, same rows; *difference*: the former minus the latter. *Text only* is no model: the cosine
+and model that know all products, same seed, same rows; *difference*: the former minus the latter. Trained without means fewer purchases
+to train on, shorter histories in training, and validation rows that have none of these products, too. *Text only* is no model: the cosine
 of a product's text embedding with the mean of the latest products of the history, which knows no purchases of anything and reads no
-query (history), or puts the category that the query names before all others (history and category); chosen on validation rows are how
-many products count and whether they are ranked themselves. Item-level: a row is a hit where the product bought is ranked, not only its
-SID; products that share a SID come by training purchases, of which appended ones have none, so that they come last; *appended first*
-is the same search with them before the others of their SID. One target a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
+query (history), or puts the category that the query names before all others (history and category). How many products count, and
+whether they are ranked themselves, is chosen on validation rows, which are of seen products only; models rank the history like all
+else. Where queries are constructed of the category of the product bought, that category is given away.
+Item-level: a row is a hit where the product bought is ranked, not only its SID; products that share a SID come by training purchases, of
+which appended ones have none, so that they come last; *appended first* is the same search with them before the others of their SID.
+At the level of SIDs: each model's own SIDs; codebooks that know all products make others, so that the difference is one of tasks, too. One target
+a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
 nothing about other seeds. ± is the standard deviation over seeds, each of which draws other products.
 """
 GROUPS = {"appended": "a", "seen": "hs", "seen, appended in history": "h"}
@@ -63,7 +67,8 @@ def append_tables(cells):
     for block in blocks.values():
         settings = block[0]["settings"]
         model, embeddings = settings["model"], settings["embeddings"]
-        title = f"{settings['data']['name']}, {model['family']}, K = {settings['codebook_size']}"
+        task = settings["data"]["task"].split(",")[0]
+        title = f"{settings['data']['name']}, {task}, {model['family']}, K = {settings['codebook_size']}"
         lines += [f"## {title}, {settings['layers']} layers", "", *statement(block)]
         lines += [f"- model: {model}; training: {settings['training']}"]
         lines += [f"- embeddings: {embeddings['kind']} ({embeddings['of']})", ""]
@@ -94,6 +99,12 @@ def _arm_tables(ways):
     if not seeds:
         return ["No seed has both models so far."]
     results = {way: [cells[seed]["result"] for seed in seeds] for way, cells in ways.items()}
+    for one, other in zip(*results.values(), strict=True):
+        if any(one[name] != other[name] for name in ("users", "kinds")):
+            raise ValueError(
+                "Two models of a seed have other test rows or appended products, so that they cannot be paired. Remove their "
+                "cells, they are run anew."
+            )
     users = np.concatenate([result["users"] for result in results[WITHOUT]])
     kinds = np.array(list("".join(result["kinds"] for result in results[WITHOUT])))
     of_seed = np.repeat(seeds, [len(result["users"]) for result in results[WITHOUT]])
@@ -106,12 +117,15 @@ def _arm_tables(ways):
                 ranked[f"text only: {name}"] = [result["text_only"][name]["ranks"] for result in results[WITHOUT]]
         values = {name: metrics(np.concatenate(ranks)) for name, ranks in ranked.items()}
         values["difference"] = values[WAYS[WITHOUT]] - values[WAYS[ALL]]
+        for name in [name for name in values if name.startswith("text only")]:
+            values[f"trained without - {name}"] = values[WAYS[WITHOUT]] - values[name]
         lines += [f"{'Item' if level == 'item' else 'SID'}-level:", ""]
         lines += ["| rows | | number | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
         for group, letters in GROUPS.items():
             chosen = np.isin(kinds, list(letters))
             for name, of_rows in values.items():
-                row = _means(of_rows[chosen], users[chosen], of_seed[chosen], is_difference=name == "difference")
+                is_difference = name == "difference" or " - " in name
+                row = _means(of_rows[chosen], users[chosen], of_seed[chosen], is_difference)
                 lines.append(f"| {group} | {name} | {chosen.sum()} | {row} |")
         is_appended = kinds == "a"
         if is_appended.any() and not is_appended.all():

@@ -226,7 +226,13 @@ def test_tables_by_hand(study_modules, monkeypatch):
     tables = study_modules["append_tables"]
     monkeypatch.setattr(tables, "statement", lambda block: ["- statement"])
     monkeypatch.setattr(tables, "cost_table", lambda costs: [f"costs: {', '.join(costs)}"])
-    common = {"data": {"name": "made"}, "model": {"family": "llama"}, "codebook_size": 12, "layers": 3, "training": {}}
+    common = {
+        "data": {"name": "made", "task": "search, given"},
+        "model": {"family": "llama"},
+        "codebook_size": 12,
+        "layers": 3,
+        "training": {},
+    }
     common |= {"embeddings": {"kind": "k", "of": "o"}, "arm": {"name": "unpruned"}, "share": 0.05}
     known = {"item_ranks": [0, 12, 1, 0], "sid_ranks": [9, 3, 1, 0], "kinds": "aahs", "users": [0, 1, 2, 3]}
     everything = known | {"item_ranks": [1, 1, 1, 1]}
@@ -250,6 +256,8 @@ def test_tables_by_hand(study_modules, monkeypatch):
     assert first["| seen", "trained without"][:2] == ["2", "0.5000 [0.0000, 1.0000]"]
     assert first["| seen, appended in history", "difference"][1] == "+0.0000 [+0.0000, +0.0000]"
     assert first["| appended", "text only: history"][2] == "0.5000 [0.0000, 1.0000]"
+    assert first["| appended", "trained without - text only: history"][2] == "-0.5000 [-1.0000, +0.0000]"
+    assert "## made, search, llama, K = 12, 3 layers" in text
     assert first["| appended - seen", "difference"][2].startswith("-0.5000 [-1.0000, ")
     # of two appended rows one has its SID at rank 3, one at rank 9, their products beyond rank 10
     nothing, all_of_it = "0.0000 [0.0000, 0.0000]", "1.0000 [1.0000, 1.0000]"
@@ -258,4 +266,7 @@ def test_tables_by_hand(study_modules, monkeypatch):
     assert "| appended, first two tokens known | 0 | none | none | none | none | 0 of 0 |" in sid
     assert "| 0 | 8 | 2 (25.0%) | 1 (12.5%) | 3 (37.5%) | 4 (50.0%) |" in sid
     assert "Chosen for text only: seed 0, history: latest 5, themselves left out." in sid
+    other = cells[2] | {"result": everything | {"kinds": "ahhs"}}
+    with pytest.raises(ValueError, match="cannot be paired"):
+        tables.append_tables([*cells[:2], other])
     assert "No seed has both models so far." in tables.append_tables(cells[1:2])
