@@ -22,8 +22,8 @@ whether they are ranked themselves, is chosen on validation rows, which are of s
 else. Where queries are constructed of the category of the product bought, that category is given away.
 Item-level: a row is a hit where the product bought is ranked, not only its SID; products that share a SID come by training purchases, of
 which appended ones have none, so that they come last; *appended first* is the same search with them before the others of their SID.
-At the level of SIDs: each model's own SIDs; codebooks that know all products make others, so that the difference is one of tasks, too. One target
-a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
+At the level of SIDs: each model's own SIDs; codebooks that know all products make others, so that the difference is one of tasks,
+too. One target a row, lists of 50. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, each with the rows of all seeds; they say
 nothing about other seeds. ± is the standard deviation over seeds, each of which draws other products.
 """
 GROUPS = {"appended": "a", "seen": "hs", "seen, appended in history": "h"}
