@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from cells import run_cells
 from codes import head_and_tail, make_codes
-from item_embeddings import load_tower, tower_settings
+from item_embeddings import load_tower
 from rescoring import FEATURES, fit_weights, rescore
 from retrievers import CANDIDATES, RESCORED, Retrievers
+from towers import tower_settings
 from training import TOP_K, describe_training, fit_model, ranks_of, user_numbers
 from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from item_embeddings import query_encoder
 from rescoring import join_candidates, make_features, rescore
 from scipy.sparse import csr_matrix
+from towers import query_encoder
 from training import TOP_K
 
 from rqsid import SIDTrie, search

@@ -203,15 +203,16 @@ def test_test_rows_never_enter_the_fit(study_modules, catalogue, retrievers):
 def test_towers_are_kept_with_their_queries(
     study_modules, catalogue, towers, purchases_module, dual_tower_module, make_frames, monkeypatch, tmp_path
 ):
-    module, (out, (tower, embeddings, about)) = study_modules["item_embeddings"], towers
+    module, queries = study_modules["item_embeddings"], study_modules["towers"]
+    out, (tower, embeddings, about) = towers
     assert about["cpu_seconds"] > 0 and about["dim"] == embeddings.shape[1] == 64
-    monkeypatch.setattr(module, "_train_tower", lambda *_: pytest.fail("The tower is there."))
+    monkeypatch.setattr(queries, "_train_tower", lambda *_: pytest.fail("The tower is there."))
     again, same, _ = module.load_tower(catalogue, out, seed=3)
     rows = catalogue.splits["validation"]
     assert (same == embeddings).all()
-    assert (module.query_encoder(again, catalogue)(rows) == module.query_encoder(tower, catalogue)(rows)).all()
+    assert (queries.query_encoder(again, catalogue)(rows) == queries.query_encoder(tower, catalogue)(rows)).all()
     # what is asked for is no part of a tower for the next item
-    settings = module.tower_settings
+    settings = queries.tower_settings
     assert settings(catalogue.without_queries(), 3) != settings(catalogue, 3) != settings(catalogue, 4)
     (folder,) = [path for path in (out / "embeddings").iterdir() if path.is_dir()]
     (folder / "model").rename(folder / "moved")
@@ -229,7 +230,7 @@ def test_towers_are_kept_with_their_queries(
     assert (embeddings == dual_tower_module.embed_products(made, purchases.products)).all()
     rows = shop.splits["test"].select(range(7))
     wanted = dual_tower_module.embed_queries(made, rows, purchases.products)
-    encode = module.query_encoder(tower, shop)
+    encode = queries.query_encoder(tower, shop)
     assert encode(rows) == pytest.approx(wanted, abs=1e-6) and encode(rows.select([4])) == pytest.approx(
         wanted[4:5], abs=1e-6
     )
