@@ -20,6 +20,7 @@ from training import TOP_K, describe_training, fit_model, ranks_of, user_numbers
 from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
 
 BATCH = 256
+WEIGHT_ROWS = 2000  # of validation, that weights of what re-scores are fitted on
 # Sizes of batches, and rows from which a median is taken: what a service waits for, and what it gets through.
 LATENCY = {"single": (1, 50), "batch": (64, 512)}
 
@@ -52,7 +53,7 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
     tower = {name: value for name, value in tower_settings(catalogue).items() if name not in ("data", "seed")}
     cells = [
         cell_settings(catalogue, described, UNPRUNED, "llama", size, layers, seed, quick, epochs)
-        | {"tower": tower, "candidates": CANDIDATES}
+        | {"tower": tower, "candidates": CANDIDATES, "weight_rows": 50 if quick else WEIGHT_ROWS}
         for seed in seeds
     ]
 
@@ -64,7 +65,7 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
         trainer = fit_model(settings, checkpoint_dir, catalogue, codes, embeddings)
         training = settings["training"]
         retrievers = Retrievers(catalogue, trainer, training["num_beams"], tower, item_embeddings)
-        validation = _first(catalogue.splits["validation"], training["validation_rows"])
+        validation = _spread(catalogue.splits["validation"], settings["weight_rows"])
         test = _first(catalogue.splits["test"], training["test_rows"])
         result, weights = compare(retrievers, validation, test)
         return {
@@ -179,6 +180,11 @@ def _brief_metrics(ranks):
 def _batches(rows, size):
     for start in range(0, len(rows), size):
         yield rows.select(range(start, min(start + size, len(rows))))
+
+
+def _spread(rows, count):
+    """Rows at even distances: the first may be unlike the others, as where users with long histories come first."""
+    return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
 
 
 def _first(rows, count):

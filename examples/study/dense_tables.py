@@ -42,12 +42,12 @@ All methods answer the same test rows with lists of 50 products; a row is a hit 
 
 What a hybrid gains over *SID model* is not the tower's alone: what the tower adds is the difference from *SID model, re-scored*. No
 other method leaves out what the user has bought already, and what is re-scored learns whether that is bought again; in reviews, where
-nobody reviews a product twice, that alone is a gain. Cells without the two re-scored methods are of a version that had none.
+nobody reviews a product twice, that alone is a gain.
 
-Weights minimise the listwise cross-entropy on validation rows whose product is a candidate; no test row enters. They are the rows by
-which the epoch of the SID model was chosen. Tower and SID model are those of the examples, neither tuned against the other: the
-comparison is of these two as described below, not of all that their kinds can do. The tower's epochs are fixed, the SID model's
-chosen; the tower reads words of titles, the SID model the SIDs of the history.
+Weights minimise the listwise cross-entropy on validation rows whose product is a candidate; no test row enters. Tower
+and SID model are those of the examples, neither tuned against the other: the comparison is of these two as described
+below, not of all that their kinds can do. The tower's epochs are fixed, the SID model's chosen; the tower reads words
+of titles, the SID model the SIDs of the history.
 
 Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean over the seeds; they say nothing about
 other seeds, and are not adjusted for the number of comparisons. ± is the standard deviation over seeds, of what a seed draws.
