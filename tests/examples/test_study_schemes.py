@@ -364,7 +364,28 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
     coarse = own["coarse"]
     assert coarse["popularity_ranks"] == training.ranks_of(products, labels)
     assert coarse["sid_ranks"] == training.ranks_of(sids, trainer.processing_class.catalog.sid_rows(labels))
-    assert coarse["dense"]["ridge"] in coarse_dense.RIDGES and coarse["dense"]["weight"] in coarse_dense.WEIGHTS
+    # ridge and weight are the best on the validation rows, and rank the test rows
+    query_side, statistics = study_modules["query_side"], study_modules["training_statistics"]
+    units, validation = query_side.unit_rows(points), catalogue.splits["validation"].select(range(50))
+    queries, catalog = query_side.QuerySide(catalogue, units), trainer.processing_class.catalog
+    maps = queries.fit(coarse_dense.RIDGES)
+
+    def ranks(rows, ridge, weights):
+        searched = coarse_dense.scored_sids(trainer, rows, 50)
+        ranked = coarse_dense.rank_inside(catalog, *searched, queries.embed(rows, maps[ridge]), units, weights)
+        wanted = catalog.product_rows(rows["product"][:])
+        return [training.ranks_of(products, wanted) for products in ranked]
+
+    at, found = statistics.METRICS.index("NDCG@10"), {}
+    for ridge in maps:
+        for weight, ranked in zip(coarse_dense.WEIGHTS, ranks(validation, ridge, coarse_dense.WEIGHTS), strict=True):
+            found[ridge, weight] = statistics.metrics(ranked)[:, at].mean()
+    chosen = coarse["dense"]
+    assert len(set(found.values())) > 1 and chosen["validation_ndcg@10"] == pytest.approx(
+        max(found.values()), abs=1e-6
+    )
+    assert found[chosen["ridge"], chosen["weight"]] == max(found.values())
+    assert coarse["item_ranks"] == ranks(test, chosen["ridge"], [chosen["weight"]])[0]
     assert coarse["sids"]["mean_length"] == 2 and coarse["item_ranks"] != coarse["popularity_ranks"]
 
     (file,) = [

@@ -71,11 +71,11 @@ def test_groups_by_hand(study_modules):
 
 
 def test_metrics_by_hand(study_modules):
-    tables, training = study_modules["training_tables"], study_modules["training"]
+    statistics, training = study_modules["training_statistics"], study_modules["training"]
     ranked = np.array([[7, 3, 5], [3, -1, -1], [5, 7, -1]])
     assert training.ranks_of(ranked, np.array([5, 3, 3])) == [3, 1, 0]
-    values = tables.metrics([1, 3, 0, 8, 30])
-    named = dict(zip(tables.METRICS, values.mean(0).tolist(), strict=True))
+    values = statistics.metrics([1, 3, 0, 8, 30])
+    named = dict(zip(statistics.METRICS, values.mean(0).tolist(), strict=True))
     log = np.log2
     assert named == pytest.approx(
         {
@@ -90,16 +90,16 @@ def test_metrics_by_hand(study_modules):
     )
     # users, not rows, are resampled: two users of equal rows each leave 0, half or all
     rows = np.array([[1.0]] * 50 + [[0.0]] * 50)
-    assert tables.interval(rows, [0] * 50 + [1] * 50).tolist() == [[0.0], [1.0]]
-    alone = tables.interval(rows, range(100))
+    assert statistics.interval(rows, [0] * 50 + [1] * 50).tolist() == [[0.0], [1.0]]
+    alone = statistics.interval(rows, range(100))
     assert 0.35 < alone[0, 0] < 0.45 < 0.55 < alone[1, 0] < 0.65
     # every user has a hit on the head and a miss on the tail: nothing is uncertain
     values, is_head = np.array([1.0, 0.0] * 20), np.array([True, False] * 20)
-    difference = tables.interval_of_difference(values, is_head, np.arange(40) // 2)
+    difference = statistics.interval_of_difference(values, is_head, np.arange(40) // 2)
     assert difference.tolist() == [[1.0], [1.0]]
     # by the standard error of two independent halves, sqrt(.25 / 500 + .25 / 500)
     values, is_head = np.arange(1000) % 2.0, np.arange(1000) < 500
-    low, high = tables.interval_of_difference(values, is_head, np.arange(1000))[:, 0]
+    low, high = statistics.interval_of_difference(values, is_head, np.arange(1000))[:, 0]
     assert (low, high) == pytest.approx((-1.96 * 0.0316, 1.96 * 0.0316), abs=0.008)
 
 
@@ -191,4 +191,5 @@ def test_probes(study_modules, folder, tmp_path, monkeypatch):
         found = {name: np.count_nonzero(cell["result"][name]) for name in ("item_ranks", "given_first_token")}
         assert found["item_ranks"] < found["given_first_token"] == 50
     text = (out / "tables" / "probes.md").read_text()
-    assert text.count("| first two layers swapped | 1 | ") == 4
+    # item-level, SID-level, given the first token, what that changes, and two differences from the baseline
+    assert text.count("| first two layers swapped | 1 | ") == 6
