@@ -25,8 +25,8 @@ ROWS = 256
 def coarse_dense_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embeddings):
     """
     As [`train_cell`], of a model of the coarse SIDs. SIDs and products of `num_beams` beams are ranked by
-    `weight * log-probability of the SID + cosine(query, product)`; weight and ridge are the best by NDCG@10 on validation rows. The
-    epoch is chosen as elsewhere: with products inside a SID by training purchases.
+    `weight * log-probability of the SID + cosine(query, product)`; weight and ridge are the best by NDCG@10 on the arm's
+    `weight_rows` validation rows. The epoch is chosen as elsewhere: with products inside a SID by training purchases.
 
     Returns:
         `dict`: as of [`train_cell`], and `popularity_ranks`, the products inside a SID by training purchases, `dense_ranks`,
@@ -39,7 +39,7 @@ def coarse_dense_cell(settings, checkpoint_dir, catalogue, codes, base_codes, em
     started = time.perf_counter()
     queries = QuerySide(catalogue, units)
     maps = queries.fit(RIDGES)
-    validation = _first(catalogue.splits["validation"], training["validation_rows"])
+    validation = _spread(catalogue.splits["validation"], settings["arm"]["weight_rows"])
     chosen = _choose(
         catalog, *scored_sids(trainer, validation, training["num_beams"]), validation, queries, maps, units
     )
@@ -139,6 +139,11 @@ def _choose(catalog, sids, scores, rows, queries, maps, units):
             if best is None or found > best["validation_ndcg@10"]:
                 best = {"ridge": ridge, "weight": weight, "validation_ndcg@10": found}
     return best | {"validation_ndcg@10_by_popularity": ndcg(catalog.expand_sids(sids, TOP_K)[0])}
+
+
+def _spread(rows, count):
+    """Rows at even distances: the first may be unlike the others, as where users with long histories come first."""
+    return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
 
 
 def _first(rows, count):

@@ -14,9 +14,10 @@ from training_cells import BASE, LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, c
 from training_comparisons import NOISE_BASELINE, SUFFIX_BASELINE
 
 COARSE_LAYERS = 2
+WEIGHT_ROWS = 2000  # of validation, by which ridge and weight of the dense ranking are chosen
 
 
-def scheme_arms(num_epochs=40):
+def scheme_arms(num_epochs=40, weight_rows=WEIGHT_ROWS):
     """
     What `remedies` has not. Rows of new tokens start from the codebooks where there are any, and from noise elsewhere; what that
     alone changes says the first arm, the baseline from noise. The second is the baseline of the three that follow: as they do,
@@ -24,6 +25,7 @@ def scheme_arms(num_epochs=40):
 
     Args:
         num_epochs (`int`, *optional*, defaults to 40): Of the RQ-VAE.
+        weight_rows (`int`, *optional*, defaults to 2000): Validation rows by which the ranking inside coarse SIDs is chosen.
     """
     plain = {name: value for name, value in UNPRUNED.items() if name != "init"}
     return [
@@ -34,7 +36,9 @@ def scheme_arms(num_epochs=40):
         plain
         | {"name": "RQ-VAE, suffix (as TIGER)", "scheme": "RQ-VAE", "init": "relocated", "collisions": "suffix"}
         | {"quantizer_epochs": num_epochs},
-        UNPRUNED | {"name": "coarse SID, dense inside (as GDR)", "scheme": "coarse", "coarse_layers": COARSE_LAYERS},
+        UNPRUNED
+        | {"name": "coarse SID, dense inside (as GDR)", "scheme": "coarse", "coarse_layers": COARSE_LAYERS}
+        | {"weight_rows": weight_rows},
     ]
 
 
@@ -60,7 +64,7 @@ def schemes(
     Raises:
         `ValueError`: if there is no arm of such a name.
     """
-    arms, shared = scheme_arms(*([2] if quick else [])), [arm["name"] for arm in shared_arms(size)]
+    arms, shared = scheme_arms(*([2, 50] if quick else [])), [arm["name"] for arm in shared_arms(size)]
     strangers = set(names or ()) - {arm["name"] for arm in arms} - set(shared)
     if strangers:
         known = [arm["name"] for arm in arms] + shared

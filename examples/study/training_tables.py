@@ -135,10 +135,11 @@ def training_tables(title, cells, note=""):
             ranked = {name: same for name, same in arms.items() if ranks in same[0]["result"]}
             if ranked:
                 lines += ["", f"### {label}", "", *_metrics_table(ranked, ranks)]
-        chosen = [(cell["seed"], cell["result"]["dense"]) for cell in block if "dense" in cell["result"]]
+        chosen = [cell for cell in block if "dense" in cell["result"]]
         if chosen:
-            lines += ["", "Chosen for the ranking inside coarse SIDs:", ""]
-            lines += [f"- seed {seed}: {_listed(of)}" for seed, of in chosen]
+            rows = chosen[0]["settings"]["arm"]["weight_rows"]
+            lines += ["", f"Chosen for the ranking inside coarse SIDs, by at most {rows:,} validation rows:", ""]
+            lines += [f"- seed {cell['seed']}: {_listed(cell['result']['dense'])}" for cell in chosen]
         given = {name: same for name, same in arms.items() if "given_first_token" in same[0]["result"]}
         if given:
             lines += ["", "### What the first token given changes, item-level", "", *gain_table(given)]
