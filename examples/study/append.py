@@ -19,7 +19,7 @@ SHARE = 0.05
 WITHOUT, ALL = "seen products", "all products"  # what codebooks and model know
 
 
-def append(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+def append(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, changes=None):
     """
     Experiment 8; two cells for each arm (unpruned, top 9.8 % of the second layer's codes pruned) and seed, which draws the
     products that are appended, too. Arguments and result as of [`remedies`].
@@ -36,7 +36,7 @@ def append(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seed
     pruning = {"strategy": "top_k", "layer": 1, "top_k": top_k}
     arms = [UNPRUNED, UNPRUNED | {"name": f"top {top_k} of {size} pruned", "pruning": pruning}]
     cells = [
-        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, epochs)
+        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, changes)
         | {"share": SHARE, "trained_on": trained_on}
         for arm in arms[: 1 if quick else None]
         for seed in seeds

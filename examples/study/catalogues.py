@@ -88,6 +88,10 @@ class Catalogue:
         digest = hashlib.sha256()
         for values in (self.product_ids, self.texts, self.popularity.tolist()):
             digest.update(json.dumps(values).encode())
+        if self.query_source.startswith("column"):  # constructed ones follow from the texts
+            for name, rows in self.splits.items():
+                for column in ("profile", "query", "product"):
+                    digest.update(json.dumps([name, column, rows[column][:]]).encode())
         return digest.hexdigest()[:12]
 
     def without_queries(self):

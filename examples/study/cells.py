@@ -16,7 +16,12 @@ LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
 # What quantizers' results depend on; other files of the checkout may change without making them others.
 CODE = ("sid_tokenizer", "rqsid", "examples/study", "examples/quickstart", "examples/embed_products")
 # Code of the project on which no result depends: tables are made from the cells.
-NO_CODE = (":!examples/study/*tables.py", ":!examples/study/training_comparisons.py", ":!*.md")
+NO_CODE = (
+    ":!examples/study/*tables.py",
+    ":!examples/study/*figures.py",
+    ":!examples/study/training_comparisons.py",
+    ":!*.md",
+)
 
 
 def run_cells(out, experiment, cells, compute, code=CODE, reuse=()):

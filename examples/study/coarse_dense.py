@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from codes import head_and_tail
 from query_side import QuerySide, unit_rows
-from training import TOP_K, describe_training, fit_model, ranks_of, user_numbers
+from training import TOP_K, describe_training, fit_model, ranks_of, spread, user_numbers
 from training_statistics import METRICS, metrics
 
 from rqsid import SIDTrie
@@ -39,13 +39,13 @@ def coarse_dense_cell(settings, checkpoint_dir, catalogue, codes, base_codes, em
     started = time.perf_counter()
     queries = QuerySide(catalogue, units)
     maps = queries.fit(RIDGES)
-    validation = _spread(catalogue.splits["validation"], settings["arm"]["weight_rows"])
+    validation = spread(catalogue.splits["validation"], settings["arm"]["weight_rows"])
     chosen = _choose(
         catalog, *scored_sids(trainer, validation, training["num_beams"]), validation, queries, maps, units
     )
     fit_seconds = time.perf_counter() - started
 
-    test = _first(catalogue.splits["test"], training["test_rows"])
+    test = spread(catalogue.splits["test"], training["test_rows"])
     labels = catalog.product_rows(test["product"][:])
     started = time.perf_counter()
     sids, scores = scored_sids(trainer, test, training["num_beams"])
@@ -139,12 +139,3 @@ def _choose(catalog, sids, scores, rows, queries, maps, units):
             if best is None or found > best["validation_ndcg@10"]:
                 best = {"ridge": ridge, "weight": weight, "validation_ndcg@10": found}
     return best | {"validation_ndcg@10_by_popularity": ndcg(catalog.expand_sids(sids, TOP_K)[0])}
-
-
-def _spread(rows, count):
-    """Rows at even distances: the first may be unlike the others, as where users with long histories come first."""
-    return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
-
-
-def _first(rows, count):
-    return rows if count is None else rows.select(range(min(count, len(rows))))

@@ -35,6 +35,18 @@ class Codes:
         return [int(size) for size in self.quantizer.codebook_sizes]
 
 
+def check_size(codebook_size, num_products):
+    """
+    Raises:
+        `ValueError`: if a layer has more codes than a twentieth of the products.
+    """
+    if codebook_size > num_products / 20:
+        raise ValueError(
+            f"{codebook_size} codes a layer for {num_products} products are fewer than 20 products a code: uneven by chance "
+            f"alone. Choose --sizes of at most {num_products // 20}, or pass --any_size and compare with the null."
+        )
+
+
 def make_codes(catalogue, embeddings, described, out, quantizer, init, codebook_size, layers, seed, epochs=40):
     """
     Fits codebooks, or loads those that an earlier run left in `<out>/codes/<hash of the settings>`.
@@ -54,15 +66,7 @@ def make_codes(catalogue, embeddings, described, out, quantizer, init, codebook_
 
     Returns:
         [`Codes`]
-
-    Raises:
-        `ValueError`: if a layer has more codes than a twentieth of the products.
     """
-    if codebook_size > len(embeddings) / 20:
-        raise ValueError(
-            f"{codebook_size} codes a layer for {len(embeddings)} products are fewer than 20 products a code: uneven by chance "
-            f"alone. Choose --sizes of at most {len(embeddings) // 20}."
-        )
     settings = {
         "data": catalogue.settings(),
         "embeddings": described,

@@ -16,7 +16,7 @@ from item_embeddings import load_tower
 from rescoring import FEATURES, fit_weights, rescore
 from retrievers import CANDIDATES, RESCORED, Retrievers
 from towers import tower_settings
-from training import TOP_K, describe_training, fit_model, ranks_of, user_numbers
+from training import TOP_K, describe_training, fit_model, ranks_of, spread, user_numbers
 from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
 
 BATCH = 256
@@ -25,7 +25,7 @@ WEIGHT_ROWS = 2000  # of validation, that weights of what re-scores are fitted o
 LATENCY = {"single": (1, 50), "batch": (64, 512)}
 
 
-def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, changes=None):
     """
     Experiment 6; one cell a seed, which draws codebooks, model, order of rows and tower.
 
@@ -44,15 +44,15 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
             Of everything above.
         quick (`bool`, *optional*, defaults to `False`):
             A tiny model, one epoch on a few rows.
-        epochs (`int`, *optional*):
-            Of training.
+        changes (`dict`, *optional*):
+            Settings of training that differ from `TRAINING`, such as `epochs`.
 
     Returns:
         `int`: how many cells were computed.
     """
     tower = {name: value for name, value in tower_settings(catalogue).items() if name not in ("data", "seed")}
     cells = [
-        cell_settings(catalogue, described, UNPRUNED, "llama", size, layers, seed, quick, epochs)
+        cell_settings(catalogue, described, UNPRUNED, "llama", size, layers, seed, quick, changes)
         | {"tower": tower, "candidates": CANDIDATES, "weight_rows": 50 if quick else WEIGHT_ROWS}
         for seed in seeds
     ]
@@ -65,8 +65,8 @@ def dense(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds
         trainer = fit_model(settings, checkpoint_dir, catalogue, codes, embeddings)
         training = settings["training"]
         retrievers = Retrievers(catalogue, trainer, training["num_beams"], tower, item_embeddings)
-        validation = _spread(catalogue.splits["validation"], settings["weight_rows"])
-        test = _first(catalogue.splits["test"], training["test_rows"])
+        validation = spread(catalogue.splits["validation"], settings["weight_rows"])
+        test = spread(catalogue.splits["test"], training["test_rows"])
         result, weights = compare(retrievers, validation, test)
         return {
             **result,
@@ -142,7 +142,7 @@ def measure_latency(retrievers, rows, weights):
     device = retrievers.model.device.type
     measured = {"device": device, "threads": torch.get_num_threads(), "sizes": LATENCY}
     for kind, (size, count) in LATENCY.items():
-        batches = list(_batches(_first(rows, count), size))
+        batches = list(_batches(spread(rows, count), size))
         times = {name: [] for name in methods}
         for batch in [batches[0], *batches]:
             for name, method in methods.items():
@@ -180,12 +180,3 @@ def _brief_metrics(ranks):
 def _batches(rows, size):
     for start in range(0, len(rows), size):
         yield rows.select(range(start, min(start + size, len(rows))))
-
-
-def _spread(rows, count):
-    """Rows at even distances: the first may be unlike the others, as where users with long histories come first."""
-    return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
-
-
-def _first(rows, count):
-    return rows if count is None else rows.select(range(min(count, len(rows))))

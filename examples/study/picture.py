@@ -24,6 +24,7 @@ def picture(
     seeds=SEEDS,
     quantizers=QUANTIZERS,
     epochs=40,
+    any_size=False,
 ):
     """
     Quantizes the embeddings in all ways and measures each, in cells.
@@ -43,8 +44,10 @@ def picture(
             Which.
         epochs (`int`):
             Of an RQ-VAE.
+        any_size (`bool`, *optional*, defaults to `False`):
+            Whether larger ones are kept, too; the null says what chance makes of them.
     """
-    kept = [size for size in sizes if size <= len(embeddings) / 20]
+    kept = [size for size in sizes if any_size or size <= len(embeddings) / 20]
     if not kept:
         raise ValueError(f"{len(embeddings)} products are too few for codebooks of {min(sizes)}: 20 products a code.")
     if len(kept) < len(sizes):

@@ -52,7 +52,7 @@ def shared_arms(size):
 
 
 def schemes(
-    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None, names=None
+    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, changes=None, names=None
 ):
     """
     See [`remedies`], of which four arms are cells of this experiment, too (two if quick): they are computed if they are missing,
@@ -73,7 +73,7 @@ def schemes(
         arms = [arm for arm in arms if arm["name"] in names]
         shared = [name for name in shared if name in names]
     cells = [
-        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, epochs)
+        cell_settings(catalogue, described, arm, "llama", size, layers, seed, quick, changes)
         for arm in arms
         for seed in seeds
     ]
@@ -103,6 +103,6 @@ def schemes(
 
     computed = run_cells(out, "schemes", cells, compute, TRAINING_CODE)
     if shared:
-        options = {"size": size, "layers": layers, "seeds": seeds, "quick": quick, "epochs": epochs, "names": shared}
+        options = {"size": size, "layers": layers, "seeds": seeds, "quick": quick, "changes": changes, "names": shared}
         computed += remedies(catalogue, embeddings, described, out, **options)
     return computed

@@ -21,12 +21,14 @@ from append import append
 from append_tables import write_append_tables
 from catalogues import load_catalogue
 from cells import commit
+from codes import check_size
 from dense import dense
 from dense_tables import write_dense_tables
 from item_embeddings import KINDS, embed
 from schemes import schemes
 from tables import write_tables
 from training_cells import LAYERS, SEEDS, SIZE, harm, probes, remedies
+from training_figures import write_training_figures
 from training_tables import write_training_tables
 from transformers.utils import logging
 
@@ -39,12 +41,16 @@ TRAINING = {
     "append": append,
 }
 HAVE_ARMS = ("remedies", "schemes")
-WRITERS = (write_tables, write_training_tables, write_dense_tables, write_append_tables)
+WRITERS = (write_tables, write_training_tables, write_training_figures, write_dense_tables, write_append_tables)
 
 
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     logging.set_verbosity_error()
+    if args.arms and args.experiment not in HAVE_ARMS:
+        raise SystemExit(
+            f"--arms chooses among those of {' or '.join(HAVE_ARMS)}, {args.experiment} has others. Leave it out."
+        )
     commit()  # before anything that takes time, during which files may change
     if args.experiment in ("published", "picture", "all"):
         run_published(args)
@@ -80,9 +86,15 @@ def make_parser():
     parser.add_argument(
         "--layers", type=int, nargs="+", default=None, help="Layers; 3 and 4 if not given, 3 for training."
     )
+    parser.add_argument(
+        "--any_size", action="store_true", help="Take --sizes of more than a twentieth of the products, too."
+    )
     parser.add_argument("--quantizers", choices=picture_module.QUANTIZERS, nargs="+", help="Both if not given.")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="0, 1 and 2 if not given.")
     parser.add_argument("--epochs", type=int, default=None, help="Of language models; 4 if not given.")
+    parser.add_argument(
+        "--train_rows", type=int, default=None, help="Sessions or rows that language models learn; all if not given."
+    )
     parser.add_argument(
         "--arms", nargs="+", help="Of remedies or schemes, by their names in the tables; all if not given."
     )
@@ -107,7 +119,7 @@ def run_picture(args):
     kinds = args.embeddings or [kind for kind in KINDS if args.encoder or kind != "sentence encoder"]
     options = {"sizes": [16], "layers": [3], "seeds": [0], "epochs": 2} if args.quick else {}
     names = ("sizes", "layers", "seeds", "quantizers")
-    options |= {name: getattr(args, name) for name in names if getattr(args, name)}
+    options |= {name: getattr(args, name) for name in names if getattr(args, name)} | {"any_size": args.any_size}
     for data in args.data:
         catalogue = load_catalogue(data)
         for kind in kinds:
@@ -133,7 +145,8 @@ def run_training(args, experiment):
     default = [16 if args.quick else SIZE]
     sizes = default if is_one_of_all else args.sizes or default
     layers = [LAYERS] if is_one_of_all else args.layers or [LAYERS]
-    options = {"seeds": args.seeds or ([0] if args.quick else SEEDS), "quick": args.quick, "epochs": args.epochs}
+    changes = {name: getattr(args, name) for name in ("epochs", "train_rows") if getattr(args, name)}
+    options = {"seeds": args.seeds or ([0] if args.quick else SEEDS), "quick": args.quick, "changes": changes}
     if experiment != "harm":
         if len(sizes) > 1 or len(layers) > 1:
             raise SystemExit(f"{experiment} takes one of --sizes and one of --layers, got {sizes} and {layers}.")
@@ -141,11 +154,11 @@ def run_training(args, experiment):
     elif args.quick or (not is_one_of_all and (args.sizes or args.layers)):
         options["configurations"] = [(size, count) for size in sizes for count in layers]
     if args.arms:
-        if experiment not in HAVE_ARMS:
-            raise SystemExit(f"--arms chooses among those of {' or '.join(HAVE_ARMS)}, {experiment} has others.")
         options["names"] = args.arms
     for data in args.data:
         catalogue = load_catalogue(data)
+        for size in () if args.any_size else sizes:
+            check_size(size, len(catalogue.product_ids))
         embeddings, described = embed(catalogue, kind, args.out, args.encoder, args.max_seq_length)
         if args.task == "next item":
             catalogue = catalogue.without_queries()

@@ -62,7 +62,7 @@ def train_cell(settings, checkpoint_dir, catalogue, codes, base_codes, embedding
         `training_flops`, `search_seconds` (test rows, forward pass of the loss included), SIDs and their lengths.
     """
     trainer = fit_model(settings, checkpoint_dir, catalogue, codes, embeddings)
-    test = _first(catalogue.splits["test"], settings["training"]["test_rows"])
+    test = spread(catalogue.splits["test"], settings["training"]["test_rows"])
     products, sids, labels, search_seconds = rank_rows(trainer, test)
     result = {
         "item_ranks": ranks_of(products, labels),
@@ -100,7 +100,7 @@ def fit_model(settings, checkpoint_dir, catalogue, codes, embeddings):
     trainer = SIDTrainer(
         make_model(settings["model"], tokenizer, settings["seed"]),
         training_arguments(settings, checkpoint_dir),
-        train_dataset=_first(train, training["train_rows"]),
+        train_dataset=spread(train, training["train_rows"]),
         eval_dataset=_first(catalogue.splits["validation"], training["validation_rows"]),
         processing_class=tokenizer,
     )
@@ -283,7 +283,7 @@ def ranks_of(ranked_rows, wanted_rows):
 def ranks_given_first_token(trainer, test, labels, codes, num_beams):
     """
     Item ranks where the first token of the right SID is given. With the layers swapped that is the second layer's token, the
-    control: what is given there says about as much, of another layer.
+    control. It need not say as much as the first layer's: compare what an arm gains first.
     """
     tokenizer, prompts = trainer.processing_class, test.remove_columns("user").to_list()
     prefixes = [[int(code)] for code in codes[labels, tokenizer.layer_order[0]]]
@@ -327,6 +327,13 @@ def describe_sids(catalog):
         "pruned": int(catalog.pruning.num_pruned),
         "recall_ceiling": {str(k): round(float(value), 4) for k, value in report["recall_ceiling"].items()},
     }
+
+
+def spread(rows, count):
+    """At most `count` rows at even distances, all if `None`: the first may be unlike the others, as users with long histories."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, count).astype(int))
 
 
 def _first(rows, count):

@@ -87,7 +87,7 @@ def probe_arms(num_layers):
 
 
 def remedies(
-    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None, names=None
+    catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, changes=None, names=None
 ):
     """
     Experiment 5, the remedies.
@@ -106,8 +106,8 @@ def remedies(
             Of codebooks and training.
         quick (`bool`, *optional*, defaults to `False`):
             Two arms, a tiny model, one epoch on a few rows.
-        epochs (`int`, *optional*):
-            Of training.
+        changes (`dict`, *optional*):
+            Settings of training that differ from `TRAINING`, such as `epochs`.
         names (sequence of `str`, *optional*):
             Of the arms to compute; all if not given.
 
@@ -126,10 +126,10 @@ def remedies(
     if names:
         arms = [arm for arm in arms if arm["name"] in names]
     grid = [(arm, "llama", size, layers, seed) for arm in arms for seed in seeds]
-    return _train(catalogue, embeddings, described, out, "remedies", grid, quick, epochs)
+    return _train(catalogue, embeddings, described, out, "remedies", grid, quick, changes)
 
 
-def harm(catalogue, embeddings, described, out, configurations=CONFIGURATIONS, seeds=SEEDS, quick=False, epochs=None):
+def harm(catalogue, embeddings, described, out, configurations=CONFIGURATIONS, seeds=SEEDS, quick=False, changes=None):
     """Experiment 3: the unpruned SIDs in three families of models and, by default, three sets of codebooks; see [`remedies`]."""
     families = ("llama", "qwen2") if quick else FAMILIES
     grid = [
@@ -138,16 +138,16 @@ def harm(catalogue, embeddings, described, out, configurations=CONFIGURATIONS, s
         for size, layers in configurations
         for seed in seeds
     ]
-    return _train(catalogue, embeddings, described, out, "harm", grid, quick, epochs)
+    return _train(catalogue, embeddings, described, out, "harm", grid, quick, changes)
 
 
-def probes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, epochs=None):
+def probes(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seeds=SEEDS, quick=False, changes=None):
     """Experiment 4: layers swapped, and the first token of the SID given; see [`remedies`]."""
     grid = [(arm, "llama", size, layers, seed) for arm in probe_arms(layers) for seed in seeds]
-    return _train(catalogue, embeddings, described, out, "probes", grid, quick, epochs)
+    return _train(catalogue, embeddings, described, out, "probes", grid, quick, changes)
 
 
-def cell_settings(catalogue, described, arm, family, size, layers, seed, quick=False, epochs=None):
+def cell_settings(catalogue, described, arm, family, size, layers, seed, quick=False, changes=None):
     """What a cell that trains depends on, JSON-able; see [`remedies`]."""
     model, training = (QUICK_MODEL, QUICK_TRAINING) if quick else (MODEL, TRAINING)
     return {
@@ -158,13 +158,13 @@ def cell_settings(catalogue, described, arm, family, size, layers, seed, quick=F
         "layers": layers,
         "arm": arm,
         "model": model | {"family": family},
-        "training": training | ({"epochs": epochs} if epochs else {}),
+        "training": training | (changes or {}),
         "seed": seed,
     }
 
 
-def _train(catalogue, embeddings, described, out, experiment, grid, quick, epochs):
-    cells = [cell_settings(catalogue, described, *cell, quick=quick, epochs=epochs) for cell in grid]
+def _train(catalogue, embeddings, described, out, experiment, grid, quick, changes):
+    cells = [cell_settings(catalogue, described, *cell, quick=quick, changes=changes) for cell in grid]
 
     def compute(settings, checkpoint_dir):
         codes = {

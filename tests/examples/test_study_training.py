@@ -127,9 +127,8 @@ def test_arms_are_what_they_say(study_modules, catalogue, tmp_path):
     catalog, _ = training.build_catalog(catalogue, codes, cells.UNPRUNED | {"pruning": everything}, points)
     assert training.describe_sids(catalog) == described["layer dropped (top 16 of 16)"]
     with pytest.raises(ValueError, match="20 products a code"):
-        study_modules["codes"].make_codes(
-            catalogue, points, {}, tmp_path, init="relocated", **options | {"codebook_size": 17}
-        )
+        study_modules["codes"].check_size(17, 320)
+    study_modules["codes"].check_size(16, 320)
 
 
 @pytest.mark.slow
