@@ -72,6 +72,7 @@ def remedy_arms(size):
     arms += [
         UNPRUNED | {"name": f"top {top_k} of {size} pruned, suffix", "pruning": pruned, "collisions": "suffix"},
         UNPRUNED | {"name": "layer dropped, suffix", "pruning": dropped, "collisions": "suffix"},
+        UNPRUNED | {"name": "relocated codebooks, suffix", "init": "relocated", "collisions": "suffix"},
     ]
     split = {"strategy": "split", "layer": 1, "top_k": top_k}
     return [*arms, UNPRUNED | {"name": f"top {top_k} of {size} split", "pruning": split}]

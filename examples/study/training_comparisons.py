@@ -19,19 +19,16 @@ NO_ROWS = "none with the same rows"
 def baselines(arms):
     """
     The baseline that all arms are compared with, and beside it those with suffixes for the arms in which nobody shares a SID,
-    either: for pruned ones, so that pruning is the only difference, and from noise for schemes whose rows start there.
+    either: for pruned ones and other codebooks, which are then the only difference, and from noise for schemes whose rows start
+    there.
 
     Returns:
         `dict[str, dict[str, list[dict]]]`: by baseline the arms, itself included; empty where there is nothing to compare.
     """
     settings = {name: cells[0]["settings"]["arm"] for name, cells in arms.items()}
-    pruned = [
-        name
-        for name, arm in settings.items()
-        if arm.get("collisions") == "suffix" and arm["pruning"]["strategy"] != "none"
-    ]
+    with_suffix = [name for name, arm in settings.items() if arm.get("collisions") == "suffix" and "scheme" not in arm]
     schemes = [name for name, arm in settings.items() if arm.get("scheme") in UNIQUE_FROM_NOISE]
-    found = {BASELINE: list(arms), SUFFIX_BASELINE: pruned, NOISE_BASELINE: schemes}
+    found = {BASELINE: list(arms), SUFFIX_BASELINE: with_suffix, NOISE_BASELINE: schemes}
     return {
         baseline: {name: arms[name] for name in dict.fromkeys([baseline, *names])}
         for baseline, names in found.items()

@@ -157,7 +157,7 @@ def test_arms_with_suffixes_have_a_baseline_of_their_own(study_modules):
     found = comparisons.baselines(arms)
     assert list(found.pop(comparisons.NOISE_BASELINE)) == [comparisons.NOISE_BASELINE, "atomic"]
     assert list(found) == ["unpruned", "collisions by suffix"] and found["unpruned"] == arms
-    assert list(found["collisions by suffix"]) == ["collisions by suffix", "pruned, suffix"]
+    assert list(found["collisions by suffix"]) == ["collisions by suffix", "pruned, suffix", "focal, suffix"]
     text = "\n".join(comparisons.summary(found["collisions by suffix"], "collisions by suffix"))
     assert text.count("| pruned, suffix |") == 3 and "| item-level NDCG@10: arm - collisions by suffix |" in text
     assert comparisons.baselines({"pruned": arms["pruned"]}) == {}

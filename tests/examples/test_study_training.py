@@ -112,7 +112,7 @@ def test_arms_are_what_they_say(study_modules, catalogue, tmp_path):
     assert (again.codes == codes.codes).all() and (codes.quantizer.encode(points) == codes.codes).all()
     assert [path.name for path in (tmp_path / "codes").iterdir()] == [codes.folder.name]
     arms = cells.remedy_arms(16)
-    assert len({arm["name"] for arm in arms}) == len(arms) == 17
+    assert len({arm["name"] for arm in arms}) == len(arms) == 18
     described = {}
     for arm in arms:
         catalog, quantizer = training.build_catalog(catalogue, codes, arm, points)
