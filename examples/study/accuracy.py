@@ -14,6 +14,7 @@ out with `--validation_only`, which ranks no test rows, and changes of a recipe:
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +107,8 @@ def floor_cell(settings, catalogue):
     """Ranks by popularity, or by transitions with the decay that is best by Recall@10 on validation rows."""
     started = time.perf_counter()
     test, result = _rows(catalogue, "test", settings["test_rows"]), {}
-    if settings["floor"] == "popularity":
-        ranked = rank_by_popularity(catalogue, test)
-    else:
+    rank = rank_by_popularity
+    if settings["floor"] != "popularity":
         validation = _rows(catalogue, "validation", settings["validation_rows"])
         bought = _product_rows(catalogue, validation)
         recalls = {}
@@ -117,9 +117,11 @@ def floor_cell(settings, catalogue):
             recalls[decay] = float(((ranks > 0) & (ranks <= 10)).mean())
         result["decay"] = max(recalls, key=recalls.get)
         result["validation"] = {str(decay): round(recall, 6) for decay, recall in recalls.items()}
-        ranked = rank_by_transitions(catalogue, test, result["decay"])
+        rank = partial(rank_by_transitions, decay=result["decay"])
+    bought = _product_rows(catalogue, test)
     return result | {
-        "item_ranks": ranks_of(ranked, _product_rows(catalogue, test)),
+        "item_ranks": ranks_of(rank(catalogue, test), bought),
+        "with_history": ranks_of(rank(catalogue, test, with_history=True), bought),
         "users": user_numbers(test),
         "search_seconds": round(time.perf_counter() - started, 2),
         "training_tokens": 0,

@@ -14,7 +14,7 @@ from rqsid.sid_tokenizer.files import replace_atomically
 LEGEND = f"""
 Next item: one decoder-only model, trained from scratch by SIDTrainer on SIDs of rqsid's own quantizer, against what needs no model.
 Item-level: a row is a hit where the product bought is ranked. What the history holds is left out of all lists, since no one buys a
-product twice in these data; *with history* are the same lists as the model gives them. One target a row, lists of 50 of all products.
+product twice in the data below; *with history* are lists that keep it. One target a row, lists of 50 of all products.
 Everything was chosen on validation rows. Brackets: 95 % percentile intervals of 1,000 bootstrap resamples of users, of each row's mean
 over the seeds; they say nothing about other seeds. ± is the standard deviation over seeds. Popularity: by training purchases.
 {KNN_RULE[0].upper()}{KNN_RULE[1:]}.

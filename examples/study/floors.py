@@ -14,12 +14,12 @@ KNN_RULE = (
 )
 
 
-def rank_by_popularity(catalogue, rows):
-    """The most bought in training, products of the history left out. Shape: (R, 50), -1 where a list ends."""
-    return _ranked(np.zeros((1, len(catalogue.product_ids))), catalogue, rows)
+def rank_by_popularity(catalogue, rows, with_history=False):
+    """The most bought in training, without products of the history by default. Shape: (R, 50), -1 where a list ends."""
+    return _ranked(np.zeros((1, len(catalogue.product_ids))), catalogue, rows, with_history)
 
 
-def rank_by_transitions(catalogue, rows, decay):
+def rank_by_transitions(catalogue, rows, decay, with_history=False):
     """
     Args:
         catalogue ([`Catalogue`]):
@@ -28,6 +28,8 @@ def rank_by_transitions(catalogue, rows, decay):
             Of R rows of one of its splits.
         decay (`float`):
             What each place further back in the history counts.
+        with_history (`bool`, *optional*, defaults to `False`):
+            Whether products of the history are ranked, too.
 
     Returns:
         `np.ndarray`: rows of the products found, see `KNN_RULE`; -1 where a list ends. Shape: (R, 50).
@@ -42,6 +44,7 @@ def rank_by_transitions(catalogue, rows, decay):
         csr_matrix((weights, (np.repeat(np.arange(len(histories)), lengths), columns)), shape) @ followed,
         catalogue,
         rows,
+        with_history,
     )
 
 
@@ -64,7 +67,7 @@ def leave_out_history(products, catalogue, rows):
     return kept
 
 
-def _ranked(scores, catalogue, rows):
+def _ranked(scores, catalogue, rows, with_history):
     """Best first; equal scores by training purchases, then in the order of the catalogue."""
     popularity = np.asarray(catalogue.popularity, dtype=float)
     histories, row_of = rows["history"][:], {product: row for row, product in enumerate(catalogue.product_ids)}
@@ -74,7 +77,7 @@ def _ranked(scores, catalogue, rows):
         some = np.asarray(some.todense() if hasattr(some, "todense") else some, dtype=float)
         part = histories[start : start + CHUNK]
         some = np.broadcast_to(some, (len(part), some.shape[1])) + popularity * (1e-9 / popularity.max())
-        for at, history in enumerate(part):
+        for at, history in enumerate(part if not with_history else ()):
             some[at, [row_of[product] for product in history]] = -1
         order = np.argsort(-some, axis=1, kind="stable")[:, :TOP_K]
         ranked.append(np.where(np.take_along_axis(some, order, 1) < 0, -1, order))

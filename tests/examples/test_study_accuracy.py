@@ -99,6 +99,9 @@ def test_floors_by_hand(study_modules, small):
     assert module.rank_by_transitions(small, validation, 0.5)[1].tolist() == [2, 4, 5, -1, -1, -1]
     # History 1 2: nothing but what the history holds and 3, then 0 by its purchases.
     assert module.rank_by_transitions(small, validation, 0.5)[2].tolist() == [3, 0, 4, 5, -1, -1]
+    # With the history: 0 1 2 has 2 (from 1) with .5 * 2, 3 with .5, 1 (from 0) with .25 * 2, more often bought than 3.
+    assert module.rank_by_transitions(small, validation, 0.5, with_history=True)[0].tolist() == [2, 1, 3, 0, 4, 5]
+    assert module.rank_by_popularity(small, test, with_history=True).tolist() == [[1, 0, 2, 3, 4, 5]] * 3
 
 
 def test_decay_counts_places_back(study_modules, load):
