@@ -22,6 +22,7 @@ from append_tables import write_append_tables
 from catalogues import load_catalogue
 from cells import commit
 from codes import check_size
+from datasets import disable_progress_bars
 from dense import dense
 from dense_tables import write_dense_tables
 from item_embeddings import KINDS, embed
@@ -47,6 +48,8 @@ WRITERS = (write_tables, write_training_tables, write_training_figures, write_de
 def main(arguments=None):
     args = make_parser().parse_args(arguments)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
     if args.arms and args.experiment not in HAVE_ARMS:
         raise SystemExit(
             f"--arms chooses among those of {' or '.join(HAVE_ARMS)}, {args.experiment} has others. Leave it out."
