@@ -17,6 +17,7 @@ import argparse
 
 import causes as causes_module
 import picture as picture_module
+from accuracy_tables import write_accuracy_tables
 from append import append
 from append_tables import write_append_tables
 from catalogues import load_catalogue
@@ -42,7 +43,14 @@ TRAINING = {
     "append": append,
 }
 HAVE_ARMS = ("remedies", "schemes")
-WRITERS = (write_tables, write_training_tables, write_training_figures, write_dense_tables, write_append_tables)
+WRITERS = (
+    write_tables,
+    write_training_tables,
+    write_training_figures,
+    write_dense_tables,
+    write_append_tables,
+    write_accuracy_tables,
+)
 
 
 def main(arguments=None):

@@ -254,7 +254,7 @@ def test_end_to_end(study_modules, catalogue, tmp_path, monkeypatch):
     described = {"kind": "sentence encoder", "of": "tiny", "dim": 6, "digest": "abc"}
     assert dense.dense(catalogue, points, described, tmp_path, size=16, seeds=[0], quick=True) == 1
     (cell,) = study_modules["cells"].read_cells(tmp_path, "dense")
-    result, test = cell["result"], catalogue.splits["test"].select(range(50))
+    result, test = cell["result"], training.spread(catalogue.splits["test"], 50)
     products, _, labels, _ = training.rank_rows(trainers[0], test)
     assert result["methods"]["SID model"] == training.ranks_of(products, labels) == result["item_ranks"]
     assert len(result["users"]) == 50 and all(len(ranks) == 50 for ranks in result["methods"].values())

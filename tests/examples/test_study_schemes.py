@@ -359,7 +359,7 @@ def test_schemes_end_to_end(study_modules, catalogue, points, tmp_path, monkeypa
 
     # the beams are those of the trainer, whose products of a SID come by popularity
     training, (trainer,) = study_modules["training"], fitted
-    test = catalogue.splits["test"].select(range(50))
+    test = training.spread(catalogue.splits["test"], 50)
     products, sids, labels, _ = training.rank_rows(trainer, test)
     coarse = own["coarse"]
     assert coarse["popularity_ranks"] == training.ranks_of(products, labels)
