@@ -13,7 +13,7 @@ from append_text import text_only
 from cells import run_cells
 from codes import head_and_tail, make_codes
 from training import TOP_K, describe_training, fit_model, rank_rows, ranks_of, user_numbers
-from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings
+from training_cells import LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings, papers_top_k
 
 SHARE = 0.05
 WITHOUT, ALL = "seen products", "all products"  # what codebooks and model know
@@ -32,7 +32,7 @@ def append(catalogue, embeddings, described, out, size=SIZE, layers=LAYERS, seed
             f"The embeddings are of the kind {described.get('kind')!r}, trained on purchases of the products that training "
             "must not know. Pass those of a sentence encoder: --encoder, and no --embeddings."
         )
-    top_k = max(1, round(0.098 * size))
+    top_k = papers_top_k(size)
     pruning = {"strategy": "top_k", "layer": 1, "top_k": top_k}
     arms = [UNPRUNED, UNPRUNED | {"name": f"top {top_k} of {size} pruned", "pruning": pruning}]
     cells = [

@@ -10,7 +10,18 @@ from coarse_dense import coarse_dense_cell
 from codes import make_codes
 from scheme_codes import PlainCodes, atomic_codes, kept_hierarchical_codes
 from training import train_cell
-from training_cells import BASE, LAYERS, SEEDS, SIZE, TRAINING_CODE, UNPRUNED, cell_settings, remedies, remedy_arms
+from training_cells import (
+    BASE,
+    LAYERS,
+    SEEDS,
+    SIZE,
+    TRAINING_CODE,
+    UNPRUNED,
+    cell_settings,
+    papers_top_k,
+    remedies,
+    remedy_arms,
+)
 from training_comparisons import NOISE_BASELINE, SUFFIX_BASELINE
 
 COARSE_LAYERS = 2
@@ -46,7 +57,7 @@ def shared_arms(size):
     """
     Those of `remedies` that are schemes, too: SIDs shared, of better codebooks, with suffixes, and pruned by the paper's share.
     """
-    pruned = f"top {max(1, round(0.098 * size))} of {size} pruned"
+    pruned = f"top {papers_top_k(size)} of {size} pruned"
     names = (UNPRUNED["name"], "relocated codebooks", SUFFIX_BASELINE, pruned)
     return [arm for arm in remedy_arms(size) if arm["name"] in names]
 

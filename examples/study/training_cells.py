@@ -13,7 +13,7 @@ from training import FAMILIES, train_cell
 SEEDS, SIZE, LAYERS = (0, 1, 2), 128, 3
 BASE = {"quantizer": "RQ-KMeans", "init": "random, no relocation"}
 CONFIGURATIONS = ((64, 3), (128, 3), (64, 4))  # codes a layer, layers
-SHARES = (0.01, 0.03, 0.098, 0.25, 0.5)  # of a layer's codes; .098 is the paper's 400 of 4,096
+SHARES = (0.01, 0.03, 0.25, 0.5)  # of a layer's codes, beside the paper's
 THRESHOLDS = (0.1, 0.25, 0.5)
 # Dropout of attention forgoes the fused kernel of CPUs, which costs more time than all else in a model this small.
 MODEL = {"family": "llama", "width": 64, "depth": 2, "dropout": 0.0}
@@ -46,10 +46,15 @@ UNPRUNED = {
 TRAINING_CODE = (*CODE, "trainer", "modeling")
 
 
+def papers_top_k(size):
+    """How many codes the paper prunes: 400 of 4,096, and of other sizes the same share, .098."""
+    return 400 if size == 4096 else max(1, round(0.098 * size))
+
+
 def remedy_arms(size):
     """The unpruned baseline, and what the paper and others do about an hourglass, each in one respect different from it."""
     arms = [UNPRUNED]
-    for top_k in sorted({max(1, round(share * size)) for share in SHARES}):
+    for top_k in sorted({papers_top_k(size), *(max(1, round(share * size)) for share in SHARES)}):
         pruning = {"strategy": "top_k", "layer": 1, "top_k": top_k}
         arms.append(UNPRUNED | {"name": f"top {top_k} of {size} pruned", "pruning": pruning})
     # All codes pruned is the layer dropped: one arm.
@@ -65,7 +70,7 @@ def remedy_arms(size):
         UNPRUNED | {"name": "collisions by suffix", "collisions": "suffix"},
         UNPRUNED | {"name": "collisions reassigned", "collisions": "reassign"},
     ]
-    top_k = max(1, round(0.098 * size))
+    top_k = papers_top_k(size)
     # Pruned SIDs collide more. Where every product gets a SID of its own, the tokens are all that differs.
     pruned = {"strategy": "top_k", "layer": 1, "top_k": top_k}
     dropped = {"strategy": "drop_layer", "layer": 1}
@@ -123,7 +128,7 @@ def remedies(
     if strangers:
         raise ValueError(f"No arm is called {sorted(strangers)}. Choose among {[arm['name'] for arm in arms]}.")
     if quick:
-        arms = [UNPRUNED, next(arm for arm in arms if arm["pruning"].get("top_k") == max(1, round(0.098 * size)))]
+        arms = [UNPRUNED, next(arm for arm in arms if arm["pruning"].get("top_k") == papers_top_k(size))]
     if names:
         arms = [arm for arm in arms if arm["name"] in names]
     grid = [(arm, "llama", size, layers, seed) for arm in arms for seed in seeds]

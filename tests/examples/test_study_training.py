@@ -113,6 +113,7 @@ def test_arms_are_what_they_say(study_modules, catalogue, tmp_path):
     assert [path.name for path in (tmp_path / "codes").iterdir()] == [codes.folder.name]
     arms = cells.remedy_arms(16)
     assert len({arm["name"] for arm in arms}) == len(arms) == 18
+    assert "top 400 of 4096 pruned" in {arm["name"] for arm in cells.remedy_arms(4096)}  # the paper's, to the letter
     described = {}
     for arm in arms:
         catalog, quantizer = training.build_catalog(catalogue, codes, arm, points)
