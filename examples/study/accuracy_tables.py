@@ -1,15 +1,12 @@
 """Tables of the recipes for accuracy, beside their floors and, apart from them, what others have published."""
 
 import json
-from pathlib import Path
 
 import numpy as np
-from cells import read_cells
+from cells import read_cells, write_table
 from floors import KNN_RULE
 from training_statistics import METRICS, interval, metrics
 from training_tables import statement
-
-from rqsid.sid_tokenizer.files import replace_atomically
 
 LEGEND = f"""
 Next item: one decoder-only model, trained from scratch by SIDTrainer on SIDs of rqsid's own quantizer, against what needs no model.
@@ -72,11 +69,7 @@ def write_accuracy_tables(out):
     cells, trials = read_cells(out, "accuracy"), read_cells(out, "accuracy_trials")
     if not cells and not trials:
         return []
-    path = Path(out) / "tables" / "accuracy.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(path) as temporary:
-        Path(temporary).write_text(accuracy_tables(cells, trials), encoding="utf-8")
-    return [str(path)]
+    return [write_table(out, "accuracy", accuracy_tables(cells, trials))]
 
 
 def accuracy_tables(cells, trials=()):

@@ -1,15 +1,12 @@
 """Tables of experiment 8, products that join a finished model's catalog; the same cells give the same bytes."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 from append import ALL, WITHOUT
-from cells import read_cells
+from cells import read_cells, write_table
 from training_statistics import METRICS, interval, interval_of_difference, metrics
 from training_tables import cost_table, statement
-
-from rqsid.sid_tokenizer.files import replace_atomically
 
 LEGEND = """
 *Appended*: test rows whose product joined the catalog after codebooks were fitted and the model was trained without it; *seen*: all
@@ -43,11 +40,7 @@ def write_append_tables(out):
     cells = read_cells(out, "append")
     if not cells:
         return []
-    path = Path(out) / "tables" / "append.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(path) as temporary:
-        Path(temporary).write_text(append_tables(cells), encoding="utf-8")
-    return [str(path)]
+    return [write_table(out, "append", append_tables(cells))]
 
 
 def append_tables(cells):

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from rqsid.sid_tokenizer.files import replace_atomically
+
 LIBRARIES = ("torch", "transformers", "numpy", "rqsid")
 # What quantizers' results depend on; other files of the checkout may change without making them others.
 CODE = ("sid_tokenizer", "rqsid", "examples/study", "examples/quickstart", "examples/embed_products")
@@ -115,6 +117,24 @@ def read_cells(out, experiment):
             )
         lines[line["hash"]] = line
     return sorted(lines.values(), key=lambda line: json.dumps(line["settings"], sort_keys=True))
+
+
+def write_table(out, name, text):
+    """
+    Args:
+        out (`str` or `os.PathLike`):
+            Folder of results.
+        name, text (`str`):
+            Of the table: Markdown, written to `<out>/tables/<name>.md`.
+
+    Returns:
+        `str`: the file written.
+    """
+    path = Path(out) / "tables" / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def cell_hash(settings):

@@ -1,13 +1,9 @@
 """Tables of experiment 6, from the ranks that its cells hold; the same cells give the same bytes."""
 
-from pathlib import Path
-
 import numpy as np
-from cells import read_cells
+from cells import read_cells, write_table
 from training_statistics import METRICS, interval, metrics
 from training_tables import statement
-
-from rqsid.sid_tokenizer.files import replace_atomically
 
 BASELINES = ("SID model", "dual tower", "SID model, re-scored", "dual tower, re-scored", "popularity in the category")
 # What each method keeps in memory, by the names of the cells; ids of products are everybody's.
@@ -78,11 +74,7 @@ def write_dense_tables(out):
     cells = read_cells(out, "dense")
     if not cells:
         return []
-    path = Path(out) / "tables" / "dense.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(path) as temporary:
-        Path(temporary).write_text(dense_tables(cells), encoding="utf-8")
-    return [str(path)]
+    return [write_table(out, "dense", dense_tables(cells))]
 
 
 def dense_tables(cells):

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 from balance import as_diagnosis
 from causes import LAWS, explained
-from cells import read_cells
+from cells import read_cells, write_table
 
 from rqsid.sid_tokenizer.figures import plot_layers
-from rqsid.sid_tokenizer.files import replace_atomically
 
 LETTERS = "abcdefgh"
 LEGEND = """
@@ -45,9 +44,7 @@ def write_tables(out):
             for label, diagnoses in figures.items():
                 plot_layers(diagnoses, folder / f"{label}.png")
                 written.append(str(folder / f"{label}.png"))
-            with replace_atomically(folder / f"{name}.md") as temporary:
-                Path(temporary).write_text(text, encoding="utf-8")
-            written.append(str(folder / f"{name}.md"))
+            written.append(write_table(out, name, text))
     return written
 
 

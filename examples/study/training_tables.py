@@ -1,15 +1,11 @@
 """Tables of the experiments that train, from the ranks that their cells hold; the same cells give the same bytes."""
 
-from pathlib import Path
-
 import numpy as np
-from cells import read_cells
+from cells import read_cells, write_table
 from schemes import shared_arms
 from training import FLOPS_RULE
 from training_comparisons import BASELINE, LAYER, baselines, gain_table, paired_group_table, paired_table, summary
 from training_statistics import METRICS, interval, interval_of_difference, metrics, per_seed
-
-from rqsid.sid_tokenizer.files import replace_atomically
 
 EXPERIMENTS = {
     "harm": "The harm",
@@ -78,17 +74,14 @@ def write_training_tables(out):
     Returns:
         `list[str]`: the files written.
     """
-    folder, written = Path(out) / "tables", []
+    written = []
     for name, title in EXPERIMENTS.items():
         cells = read_cells(out, name)
         if not cells:
             continue
         if name == "schemes":
             cells = add_shared_arms(cells, read_cells(out, "remedies"))
-        folder.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(folder / f"{name}.md") as temporary:
-            Path(temporary).write_text(training_tables(title, cells, NOTES.get(name, "")), encoding="utf-8")
-        written.append(str(folder / f"{name}.md"))
+        written.append(write_table(out, name, training_tables(title, cells, NOTES.get(name, ""))))
     return written
 
 
